@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops of tree verification: attention over a tree, accept, commit.
+
+Call them through the functions here. A compiled kernel runs where the library has one
+for the tensors' device, the pure-torch reference elsewhere, or everywhere with
+``CLOVER2_OPS=reference`` in the environment. ``backend()`` tells which.
+"""
+
+import functools
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from vllm_clover2.ops import reference, schema
+from vllm_clover2.ops.layout import KVLayout
+
+__all__ = [
+    "KVLayout",
+    "backend",
+    "commit_kv",
+    "library_path",
+    "tree_accept",
+    "tree_attention",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def library_path() -> Path | None:
+    """The compiled library next to this file, if it was built."""
+    return next(iter(sorted(Path(__file__).parent.glob("_C*.so"))), None)
+
+
+def _load() -> str | None:
+    """Loads the compiled library; returns why the references serve, if they do."""
+    if os.environ.get("CLOVER2_OPS") == "reference":
+        return "CLOVER2_OPS=reference"
+    path = library_path()
+    if path is None:
+        return "the compiled library is not built (pip install . builds it)"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} does not load: {error}"
+    return None
+
+
+@functools.cache
+def backend(device_type: str = "cpu") -> str:
+    """``native`` if this device type runs compiled kernels, else ``reference``."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    if key is None:
+        return "reference"
+    names = [f"{schema.NAMESPACE}::{name}" for name in schema.SCHEMAS]
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return "native" if all(has_kernel(name, key) for name in names) else "reference"
+
+
+def _fake_nothing(*_: object) -> None:
+    """Shape inference of ops that only change an argument."""
+
+
+def _fake_tree_accept(
+    target_tokens: torch.Tensor,
+    draft_tokens: torch.Tensor,
+    parents: torch.Tensor,
+    row_offsets: torch.Tensor,
+    max_depth: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    del draft_tokens, parents
+    requests = row_offsets.shape[0] - 1
+    return (
+        row_offsets.new_empty((requests, max_depth), dtype=torch.int32),
+        row_offsets.new_empty((requests,), dtype=torch.int32),
+        target_tokens.new_empty((requests,), dtype=torch.int64),
+    )
+
+
+_LIBRARY = schema.register(
+    {name: getattr(reference, name) for name in schema.SCHEMAS},
+    {
+        "tree_attention": _fake_nothing,
+        "tree_accept": _fake_tree_accept,
+        "commit_kv": _fake_nothing,
+    },
+)
+_WHY_REFERENCE = _load()
+if _WHY_REFERENCE is not None:
+    logger.info("clover2 ops run their reference: %s", _WHY_REFERENCE)
+
+
+def tree_attention(
+    query: torch.Tensor,  # [tokens, heads, D]
+    kv_cache: torch.Tensor,  # [blocks, kv_heads, block_size, 2 * D]
+    layout: KVLayout,
+    block_table: torch.Tensor,  # [R, max_blocks] int32
+    prefix_lens: torch.Tensor,  # [R] int32, committed positions
+    query_starts: torch.Tensor,  # [R] int32, index in query of each root row
+    row_offsets: torch.Tensor,  # [R + 1] int32
+    ancestors: torch.Tensor,  # [rows] int64, bit j: row j is ancestor-or-self
+    scale: float,
+    out: torch.Tensor,  # [tokens, heads, D], tree rows are written
+    softcap: float = 0.0,
+    sliding_window: int = -1,
+) -> None:
+    """Attends every tree row to its request's prefix and its own ancestors.
+
+    The rows' KV must already be in the cache, row r at position prefix + r. Rows of
+    ``out`` that belong to no tree stay as they are.
+    """
+    torch.ops.clover2.tree_attention(
+        query, kv_cache, int(layout), block_table, prefix_lens, query_starts,
+        row_offsets, ancestors, scale, softcap, sliding_window, out,
+    )  # fmt: skip
+
+
+def tree_accept(
+    target_tokens: torch.Tensor,  # [rows] int64
+    draft_tokens: torch.Tensor,  # [rows] int64
+    parents: torch.Tensor,  # [rows] int32, root: -1
+    row_offsets: torch.Tensor,  # [R + 1] int32
+    max_depth: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Accepted rows [R, max_depth] (-1 padded), their number [R], next tokens [R]."""
+    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    result = torch.ops.clover2.tree_accept(
+        target_tokens, draft_tokens, parents, row_offsets, max_depth
+    )
+    return result
+
+
+def commit_kv(
+    kv_caches: list[torch.Tensor],  # one per layer
+    layout: KVLayout,
+    block_table: torch.Tensor,  # [R, max_blocks] int32
+    prefix_lens: torch.Tensor,  # [R] int32
+    paths: torch.Tensor,  # [R, max_depth] int32, rows
+    lengths: torch.Tensor,  # [R] int32
+) -> None:
+    """Moves accepted rows' KV to the positions after the root, in every layer."""
+    torch.ops.clover2.commit_kv(
+        kv_caches, int(layout), block_table, prefix_lens, paths, lengths
+    )

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the ops mean, in plain torch: slow, for every layout, dtype and device."""
+
+import torch
+
+from vllm_clover2.ops.layout import KVLayout, head_size, read_tokens, write_tokens
+from vllm_clover2.tree.walk import first_matching_child, request_of_row
+
+
+def _slots(
+    block_table_row: torch.Tensor,  # [max_blocks] int32
+    positions: torch.Tensor,  # [n] int64
+    block_size: int,
+) -> torch.Tensor:
+    """Slots [n] int64 of a request's positions."""
+    blocks = block_table_row.long()[positions // block_size]
+    return blocks * block_size + positions % block_size
+
+
+def tree_attention(
+    query: torch.Tensor,  # [tokens, heads, D]
+    kv_cache: torch.Tensor,  # [blocks, kv_heads, block_size, 2 * D]
+    layout: int,
+    block_table: torch.Tensor,  # [R, max_blocks] int32
+    prefix_lens: torch.Tensor,  # [R] int32
+    query_starts: torch.Tensor,  # [R] int32
+    row_offsets: torch.Tensor,  # [R + 1] int32
+    ancestors: torch.Tensor,  # [rows] int64
+    scale: float,
+    softcap: float,
+    sliding_window: int,
+    out: torch.Tensor,  # [tokens, heads, D]
+) -> None:
+    """Softmax attention of tree rows over their prefix and their ancestors-or-self.
+
+    Row r of request i is ``query[query_starts[i] + r]``. Its own and its ancestors' KV
+    is in the cache at linear positions ``prefix + row``, while its *sequence* position
+    is ``prefix + depth``; a window of w lets it see sequence positions > its own - w.
+    """
+    starts, prefixes = query_starts.tolist(), prefix_lens.tolist()
+    for i, (begin, end) in enumerate(
+        zip(row_offsets[:-1].tolist(), row_offsets[1:].tolist(), strict=True)
+    ):
+        if begin == end:
+            continue
+        rows = slice(starts[i], starts[i] + end - begin)
+        out[rows] = _attend_one(
+            query[rows], kv_cache, KVLayout(layout), block_table[i], prefixes[i],
+            ancestors[begin:end], scale, softcap, sliding_window,
+        ).to(out.dtype)  # fmt: skip
+
+
+def _attend_one(
+    query: torch.Tensor,  # [rows, heads, D]
+    kv_cache: torch.Tensor,
+    layout: KVLayout,
+    block_table_row: torch.Tensor,  # [max_blocks]
+    prefix: int,
+    ancestors: torch.Tensor,  # [rows] int64
+    scale: float,
+    softcap: float,
+    sliding_window: int,
+) -> torch.Tensor:
+    """Attention [rows, heads, D] float32 of one request's tree."""
+    rows, heads, dim = query.shape
+    if dim != head_size(kv_cache):
+        raise ValueError(
+            f"query has head size {dim}, the cache {head_size(kv_cache)}; pass the "
+            "cache of the same layer"
+        )
+    device = query.device
+    positions = torch.arange(prefix + rows, device=device)
+    slots = _slots(block_table_row, positions, kv_cache.shape[2])
+    keys, values = read_tokens(kv_cache, layout, slots)
+    group = heads // keys.shape[1]
+    keys = keys.float().repeat_interleave(group, dim=1)
+    values = values.float().repeat_interleave(group, dim=1)
+
+    bits = torch.arange(rows, device=device)
+    related = (ancestors[:, None] >> bits) & 1 == 1  # [rows, rows]
+    visible = torch.cat(
+        (torch.ones(rows, prefix, dtype=torch.bool, device=device), related), dim=1
+    )
+    if sliding_window >= 0:
+        row_positions = prefix + related.sum(dim=1) - 1
+        key_positions = torch.cat((positions[:prefix], row_positions))
+        visible &= key_positions > row_positions[:, None] - sliding_window
+
+    scores = torch.einsum("rhd,khd->hrk", query.float(), keys) * scale
+    if softcap > 0:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~visible, -torch.inf)
+    return torch.einsum("hrk,khd->rhd", torch.softmax(scores, dim=-1), values)
+
+
+def tree_accept(
+    target_tokens: torch.Tensor,  # [rows] int64: the target's choice after each row
+    draft_tokens: torch.Tensor,  # [rows] int64; the root's is ignored
+    parents: torch.Tensor,  # [rows] int32
+    row_offsets: torch.Tensor,  # [R + 1] int32
+    max_depth: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Walks down each tree while the target's choice is a child's token.
+
+    Returns accepted rows [R, max_depth] int32 (-1 after the end), their number [R]
+    int32 and the target's choice after the last of them [R] int64. Of siblings with the
+    same token the first in row order is taken. A tree without rows accepts nothing and
+    has next token -1.
+    """
+    roots = row_offsets[:-1].long()
+    requests = roots.numel()
+    device = target_tokens.device
+    row_request = request_of_row(row_offsets)
+    paths = torch.full((requests, max_depth), -1, dtype=torch.int32, device=device)
+    nodes = torch.where(row_offsets[1:] > row_offsets[:-1], 0, -1).int()
+    next_tokens = torch.full((requests,), -1, dtype=torch.int64, device=device)
+    for depth in range(max_depth + 1):
+        walking = nodes >= 0
+        if depth:
+            paths[:, depth - 1] = nodes
+        rows = (roots + nodes)[walking]
+        next_tokens[walking] = target_tokens[rows]
+        if depth < max_depth:
+            nodes = first_matching_child(
+                nodes, next_tokens, draft_tokens, parents, row_offsets, row_request
+            )
+    return paths, (paths >= 0).sum(dim=1, dtype=torch.int32), next_tokens
+
+
+def commit_kv(
+    kv_caches: list[torch.Tensor],  # each [blocks, kv_heads, block_size, 2 * D]
+    layout: int,
+    block_table: torch.Tensor,  # [R, max_blocks] int32
+    prefix_lens: torch.Tensor,  # [R] int32
+    paths: torch.Tensor,  # [R, max_depth] int32
+    lengths: torch.Tensor,  # [R] int32
+) -> None:
+    """Moves accepted rows' KV: ``prefix + paths[r, i - 1]`` to ``prefix + i``."""
+    if not kv_caches:
+        return
+    block_size = kv_caches[0].shape[2]
+    depths = torch.arange(1, paths.shape[1] + 1, device=paths.device)
+    valid = depths <= lengths[:, None]
+    requests, _ = valid.nonzero(as_tuple=True)
+    base = prefix_lens.long()[:, None]
+    source = (base + paths)[valid]
+    destination = (base + depths)[valid]
+    table = block_table.long()
+
+    def slots(positions: torch.Tensor) -> torch.Tensor:
+        block = table[requests, positions // block_size]
+        return block * block_size + positions % block_size
+
+    for cache in kv_caches:
+        # Read everything before the first write: the ranges may overlap.
+        keys, values = read_tokens(cache, KVLayout(layout), slots(source))
+        write_tokens(cache, KVLayout(layout), slots(destination), keys, values)

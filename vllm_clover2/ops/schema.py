@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The schemas of ``torch.ops.clover2.*``: their only declaration.
+
+The compiled library registers kernels for the CPU and CUDA dispatch keys under these
+names; the pure-torch references are registered for every other case (the dispatcher's
+CompositeExplicitAutograd key), so that the most specific kernel present wins.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "clover2"
+
+SCHEMAS: dict[str, str] = {
+    "tree_attention": (
+        "(Tensor query, Tensor kv_cache, int layout, Tensor block_table, "
+        "Tensor prefix_lens, Tensor query_starts, Tensor row_offsets, "
+        "Tensor ancestors, float scale, float softcap, int sliding_window, "
+        "Tensor(a!) out) -> ()"
+    ),
+    "tree_accept": (
+        "(Tensor target_tokens, Tensor draft_tokens, Tensor parents, "
+        "Tensor row_offsets, int max_depth) -> (Tensor, Tensor, Tensor)"
+    ),
+    "commit_kv": (
+        "(Tensor(a!)[] kv_caches, int layout, Tensor block_table, "
+        "Tensor prefix_lens, Tensor paths, Tensor lengths) -> ()"
+    ),
+}
+
+
+def register(
+    references: dict[str, Callable[..., Any]],
+    fakes: dict[str, Callable[..., Any]],
+) -> torch.library.Library:
+    """Declares every op with its reference and fake; keep the result alive."""
+    library = torch.library.Library(NAMESPACE, "DEF")
+    for name, schema in SCHEMAS.items():
+        library.define(name + schema)
+        library.impl(name, references[name], "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fakes[name], lib=library)
+    return library
