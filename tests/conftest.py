@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures shared by all tests: where the data, the target and the head are."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parents[1]
+
+
+def existing(path: Path, what: str, variable: str) -> Path:
+    """`path`, or a skip that says what is missing and how to supply it."""
+    if not path.exists():
+        pytest.skip(f"{what} not found at {path}; set {variable}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Tensors recorded from the reference implementation."""
+    default = REPO.parent / "shared" / "golden"
+    path = Path(os.environ.get("CLOVER2_GOLDEN_DIR", default))
+    return existing(path, "golden tensors", "CLOVER2_GOLDEN_DIR")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Training prompts and the target's answers to them."""
+    default = REPO.parent / "shared" / "data"
+    path = Path(os.environ.get("CLOVER2_DATA_DIR", default))
+    return existing(path, "prompt data", "CLOVER2_DATA_DIR")
+
+
+@pytest.fixture(scope="session")
+def target_dir() -> Path:
+    """SmolLM2-135M-Instruct as `make` puts it; converted here when it is not there."""
+    import smollm2_checkpoint
+
+    path = REPO / smollm2_checkpoint.DEFAULT_OUTPUT
+    smollm2_checkpoint.make(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def head_dir() -> Path:
+    """The head that ships for SmolLM2-135M-Instruct."""
+    return REPO / "examples" / "heads" / "smollm2-135m-instruct"
