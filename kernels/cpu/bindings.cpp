@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+// Registers the CPU kernels. The schemas are declared in vllm_clover2/ops/schema.py.
+//
+// Built against torch's stable ABI (TORCH_TARGET_VERSION = 2.10), so that one binary
+// serves every torch from 2.10 on. kernels/README.md has the compiler flags.
+
+#include "ops.h"
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY_IMPL(clover2, CPU, library) {
+  library.impl("tree_attention", TORCH_BOX(&clover2::cpu::tree_attention));
+  library.impl("tree_accept", TORCH_BOX(&clover2::cpu::tree_accept));
+  library.impl("commit_kv", TORCH_BOX(&clover2::cpu::commit_kv));
+}

@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CPU kernels behind torch.ops.clover2.*; schemas and the meaning of the
+// arguments are in vllm_clover2/ops/{schema,reference}.py.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <tuple>
+#include <vector>
+
+namespace clover2::cpu {
+
+using torch::stable::Tensor;
+
+void tree_attention(const Tensor& query, const Tensor& kv_cache, int64_t layout,
+                    const Tensor& block_table, const Tensor& prefix_lens,
+                    const Tensor& query_starts, const Tensor& row_offsets,
+                    const Tensor& ancestors, double scale, double softcap,
+                    int64_t sliding_window, Tensor& out);
+
+std::tuple<Tensor, Tensor, Tensor> tree_accept(const Tensor& target_tokens,
+                                               const Tensor& draft_tokens,
+                                               const Tensor& parents,
+                                               const Tensor& row_offsets,
+                                               int64_t max_depth);
+
+void commit_kv(std::vector<Tensor> kv_caches, int64_t layout,
+               const Tensor& block_table, const Tensor& prefix_lens,
+               const Tensor& paths, const Tensor& lengths);
+
+}  // namespace clover2::cpu
