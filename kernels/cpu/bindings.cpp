@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Registers the CPU kernels. The schemas are declared in vllm_clover2/ops/schema.py.
 //
-// Built against torch's stable ABI (TORCH_TARGET_VERSION = 2.10), so that one binary
-// serves every torch from 2.10 on. kernels/README.md has the compiler flags.
+// Built against torch's stable ABI, so that one binary serves several torch
+// versions; setup.py has the flags.
 
 #include "ops.h"
 

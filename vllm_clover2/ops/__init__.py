@@ -54,7 +54,8 @@ def backend(device_type: str = "cpu") -> str:
     if key is None:
         return "reference"
     names = [f"{schema.NAMESPACE}::{name}" for name in schema.SCHEMAS]
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    # No public function asks the dispatcher; this one is stable since torch 1.5.
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # noqa: SLF001
     return "native" if all(has_kernel(name, key) for name in names) else "reference"
 
 

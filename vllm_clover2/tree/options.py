@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options that shape drafted trees: names, ranges and defaults in one place."""
+
+from typing import Literal, Self
+
+import pydantic
+
+from vllm_clover2.tree import shapes
+from vllm_clover2.tree.growth import DynamicTree
+from vllm_clover2.tree.types import MAX_NODES
+
+
+class TreeOptions(pydantic.BaseModel):
+    """Options of a tree. Unknown names are refused."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    # Nodes per tree. Default: the whole tree if it is static, else 25, the paper's
+    # size: on the CPU a verify step over 26 rows costs a quarter more than over one.
+    num_speculative_tokens: int | None = pydantic.Field(None, ge=1, le=MAX_NODES)
+    # "static" is the paper's tree; a list of paths is a static tree of one's own.
+    tree: Literal["chain", "static", "dynamic"] | list[list[int]] = "dynamic"
+    # Dynamic trees only. A verified token beyond five levels is rare.
+    top_k: int = pydantic.Field(8, ge=1, le=MAX_NODES)
+    depth: int = pydantic.Field(5, ge=1, le=MAX_NODES)
+    top_p: float = pydantic.Field(1.0, gt=0.0, le=1.0)
+
+    @pydantic.model_validator(mode="after")
+    def _check_size(self) -> Self:
+        """A tree of the wanted size must exist."""
+        if self.tree == "dynamic":
+            candidates = self.top_k + (self.depth - 1) * self.top_k**2
+            if self.num_nodes > candidates:
+                raise ValueError(
+                    f"num_speculative_tokens must be at most {candidates}, all nodes "
+                    f"tried with top_k {self.top_k} and depth {self.depth}; found "
+                    f"{self.num_nodes}: raise top_k or depth"
+                )
+        else:
+            self.static_shape()
+        return self
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes per tree."""
+        if self.num_speculative_tokens is not None:
+            return self.num_speculative_tokens
+        if isinstance(self.tree, list):
+            return len(self.tree)
+        return self.depth if self.tree == "chain" else 25
+
+    @property
+    def max_depth(self) -> int:
+        """Levels of the deepest tree."""
+        return self.depth if self.tree == "dynamic" else self.static_shape().depth
+
+    def static_shape(self) -> shapes.TreeShape:
+        """The static tree, cut to ``num_speculative_tokens`` nodes."""
+        if self.tree == "chain":
+            return shapes.chain(self.num_nodes)
+        if self.tree == "static":
+            return shapes.paper_tree().first(self.num_nodes)
+        if isinstance(self.tree, list):
+            return shapes.TreeShape.from_paths(self.tree).first(self.num_nodes)
+        raise ValueError("a dynamic tree has no fixed shape; use dynamic_tree()")
+
+    def dynamic_tree(self) -> DynamicTree:
+        """The limits of a dynamic tree."""
+        if self.tree != "dynamic":
+            raise ValueError(f'tree must be "dynamic", found {self.tree!r}')
+        return DynamicTree(self.num_nodes, self.top_k, self.depth, self.top_p)
