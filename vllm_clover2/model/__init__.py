@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clover-2: configuration, plain-PyTorch model and weight formats."""
+
+from vllm_clover2.model.clover2 import Clover2Model, DraftCache
+from vllm_clover2.model.config import Clover2Config
+from vllm_clover2.model.layers import (
+    RecurrentHead,
+    RegressiveAttentionBlock,
+    RMSNorm,
+)
+
+__all__ = [
+    "Clover2Config",
+    "Clover2Model",
+    "DraftCache",
+    "RMSNorm",
+    "RecurrentHead",
+    "RegressiveAttentionBlock",
+]

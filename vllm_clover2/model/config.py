@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of a Clover-2 draft head."""
+
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+__all__ = ["Clover2Config", "REFERENCE_ROPE_THETA"]
+
+# The original implementation never reads its config's rope_theta: every
+# checkpoint trained with it was trained with this base.
+REFERENCE_ROPE_THETA = 10000.0
+
+
+class Clover2Config(PretrainedConfig):
+    """Shape of a Clover-2 head, and where it came from.
+
+    The head owns neither embeddings nor an lm_head: both are rows of the
+    target's lm_head, so `hidden_size` and `vocab_size` must equal the target's.
+    """
+
+    model_type = "clover2"
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 2  # layers of the augmenting block
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None  # None = num_attention_heads
+    head_dim: int | None = None  # None = hidden_size / num_attention_heads
+    rms_norm_eps: float = 1e-5  # also clamps the norms in the cosine attention
+    rope_theta: float = REFERENCE_ROPE_THETA
+    max_position_embeddings: int = 2048
+    num_draft_steps: int = 5  # depth the head was trained for
+    draft_vocab_size: int | None = None  # None = the whole vocabulary is scored
+    tie_word_embeddings: bool = False
+    training: dict[str, Any] | None = None  # provenance
+    target: dict[str, Any] | None = None  # fingerprint of the target model
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        self.architectures = ["Clover2DraftModel"]
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            # The cosine attention splits the hidden state itself into heads.
+            raise ValueError(
+                "hidden_size must be a multiple of num_attention_heads, got "
+                f"{self.hidden_size} and {self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                "num_attention_heads must be a multiple of num_key_value_heads, got "
+                f"{self.num_attention_heads} and {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for RoPE, got {self.head_dim}")
+        if self.num_hidden_layers < 1 or self.num_draft_steps < 1:
+            raise ValueError(
+                "num_hidden_layers and num_draft_steps must be at least 1, got "
+                f"{self.num_hidden_layers} and {self.num_draft_steps}"
+            )
+        size = self.draft_vocab_size
+        if size is not None and not 1 <= size <= self.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size must lie in 1..vocab_size ({self.vocab_size}) or "
+                f"be null, got {size}"
+            )
+
+
+AutoConfig.register("clover2", Clover2Config, exist_ok=True)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data generation, losses, training loop and offline evaluation of draft heads."""
