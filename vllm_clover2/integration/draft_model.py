@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clover-2's draft on vLLM's layers.
+
+The augmenting block is built from vLLM's own Llama layers: its KV lives in the paged
+cache beside the target's and it runs tensor-parallel. The recurrent head has no
+KV, is small, and is the same plain-PyTorch module that training uses, replicated on
+every rank. Embeddings and output head are rows of the target's ``lm_head``.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LlamaConfig
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.models.llama import LlamaDecoderLayer
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    WeightsMapper,
+    maybe_prefix,
+)
+
+from vllm_clover2.model.config import Clover2Config
+from vllm_clover2.model.layers import RecurrentHead, RegressiveAttentionBlock
+
+
+@support_torch_compile
+class AugmentingBlock(nn.Module):
+    """Refines target hidden states with the token that follows each of them.
+
+    RAB1, then ``num_hidden_layers`` Llama layers, then a norm; the only part of the
+    draft that attends, over committed positions only.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = draft_config(vllm_config)
+        # Layer numbers go on after the target's: attention layers are known to vLLM
+        # by these names, and the KV cache of each is found under its own.
+        first_layer = vllm_config.model_config.get_num_layers(
+            vllm_config.parallel_config
+        )
+        llama_config = _llama_config(config)
+        self.rab1 = RegressiveAttentionBlock(
+            config.hidden_size, config.num_attention_heads, config.rms_norm_eps
+        )
+        self.layers = nn.ModuleList(
+            LlamaDecoderLayer(
+                vllm_config,
+                prefix=maybe_prefix(prefix, f"layers.{first_layer + i}"),
+                config=llama_config,
+            )
+            for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        positions: torch.Tensor,  # [rows] int64
+        hidden_states: torch.Tensor,  # [rows, hidden] target, before its final norm
+        embeddings: torch.Tensor,  # [rows, hidden] of the token after each row
+    ) -> torch.Tensor:  # [rows, hidden], "g" of the recurrent head
+        hidden_states = self.rab1(hidden_states, embeddings)
+        residual = None
+        for layer in self.layers:
+            hidden_states, residual = layer(positions, hidden_states, residual)
+        hidden_states, _ = self.norm(hidden_states, residual)
+        return hidden_states
+
+
+class Clover2DraftModel(nn.Module):
+    """The draft as vLLM loads and runs it; grows trees through :meth:`first` and
+    :meth:`advance`, the interface of ``vllm_clover2.tree.growth``.
+    """
+
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_stacked={
+            ".self_attn.q_proj": (".self_attn.qkv_proj", "q"),
+            ".self_attn.k_proj": (".self_attn.qkv_proj", "k"),
+            ".self_attn.v_proj": (".self_attn.qkv_proj", "v"),
+            ".mlp.gate_proj": (".mlp.gate_up_proj", 0),
+            ".mlp.up_proj": (".mlp.gate_up_proj", 1),
+        }
+    )
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.config = draft_config(vllm_config)
+        self.model = AugmentingBlock(
+            vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model")
+        )
+        self.recurrent = RecurrentHead(
+            self.config.hidden_size,
+            self.config.num_attention_heads,
+            self.config.rms_norm_eps,
+        )
+        size = self.config.draft_vocab_size
+        self.draft_vocab_ids = None
+        if size is not None:  # a parameter, because vLLM's loaders fill those
+            ids = torch.zeros(size, dtype=torch.int64)
+            self.draft_vocab_ids = nn.Parameter(ids, requires_grad=False)
+        self._embeddings: VocabParallelEmbedding
+        self._output_weight: torch.Tensor | None = None
+        self._full_logits = LogitsProcessor(self.config.vocab_size)
+
+    def bind_target(self, target: nn.Module) -> None:
+        """Share the target's ``lm_head``, as embeddings and as output head.
+
+        The rows of a reduced draft vocabulary are gathered once, on every rank.
+
+        Raises:
+            ValueError: the target has no ``lm_head`` whose rows can be looked up.
+
+        """
+        lm_head = getattr(target, "lm_head", None)
+        if not isinstance(lm_head, VocabParallelEmbedding):
+            raise ValueError(
+                f"clover2 shares the target's lm_head, a VocabParallelEmbedding; "
+                f"{type(target).__name__} has {type(lm_head).__name__}. This target "
+                f"is not supported."
+            )
+        self._embeddings = lm_head
+        if self.draft_vocab_ids is not None:
+            self._output_weight = self.embed(self.draft_vocab_ids)
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """``lm_head`` rows of target ids [n] -> [n, hidden], on every rank."""
+        # ParallelLMHead.forward refuses to be called; its base class is the lookup.
+        return VocabParallelEmbedding.forward(self._embeddings, token_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,  # [rows] the token after each row
+        positions: torch.Tensor,  # [rows] int64
+        hidden_states: torch.Tensor,  # [rows, hidden]
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # [rows, hidden]
+        embeddings = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        return self.model(positions, hidden_states, embeddings)
+
+    def first(
+        self, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # [n, hidden], [n, draft_vocab]
+        """State and log-probabilities of the root's children."""
+        return hidden, self._log_probs(self.recurrent.first(hidden))
+
+    def advance(
+        self,
+        state: torch.Tensor,  # [n, hidden]
+        tokens: torch.Tensor,  # [n] target ids
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One recurrent step along ``tokens``; same outputs as :meth:`first`."""
+        state, output = self.recurrent.advance(state, self.embed(tokens))
+        return state, self._log_probs(output)
+
+    def token_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
+        """Target ids of ids in the draft's vocabulary."""
+        if self.draft_vocab_ids is None:
+            return draft_ids
+        return self.draft_vocab_ids[draft_ids]
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[n, hidden] -> logits over the draft's vocabulary [n, draft_vocab]."""
+        if self._output_weight is None:
+            return self._full_logits(self._embeddings, hidden_states)
+        return F.linear(hidden_states, self._output_weight)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load every tensor of a head in our own format.
+
+        Raises:
+            ValueError: a tensor is missing, unknown, or holds NaN or infinity.
+
+        """
+        loader = AutoWeightsLoader(self)
+        loaded = loader.load_weights(
+            map(_into_model, _checked(weights)), mapper=self.hf_to_vllm_mapper
+        )
+        expected = {name for name, _ in self.named_parameters()}
+        if missing := sorted(expected - loaded):
+            raise ValueError(
+                f"The head's checkpoint must hold every draft weight, but "
+                f"{len(missing)} are missing: {', '.join(missing[:5])}. Export the "
+                f"head again, or convert it with 'vllm-clover2 convert'."
+            )
+        self.recurrent.fuse()
+        return loaded
+
+    def _log_probs(self, output: torch.Tensor) -> torch.Tensor:
+        logits = self.compute_logits(output)
+        return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+
+
+def draft_config(vllm_config: VllmConfig) -> Clover2Config:
+    """The head's own config, out of the ``EAGLEConfig`` vLLM wraps it in."""
+    config: Any = vllm_config.speculative_config.draft_model_config.hf_config
+    return getattr(config, "model", None) or config
+
+
+def _llama_config(config: Clover2Config) -> LlamaConfig:
+    """The augmenting layers in the terms of vLLM's Llama layers."""
+    return LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        rms_norm_eps=config.rms_norm_eps,
+        max_position_embeddings=config.max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+    )
+
+
+def _checked(
+    weights: Iterable[tuple[str, torch.Tensor]],
+) -> Iterable[tuple[str, torch.Tensor]]:
+    for name, tensor in weights:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"The head's weights must be finite, but {name} holds NaN or infinity; "
+                f"the checkpoint is damaged or its training diverged."
+            )
+        yield name, tensor
+
+
+def _into_model(weight: tuple[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
+    """Names of the augmenting block live under ``model.`` here."""
+    name, tensor = weight
+    if name.startswith(("rab1.", "layers.", "norm.")):
+        name = f"model.{name}"
+    return name, tensor

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engine configurations that Clover-2 cannot serve yet, each with its reason."""
+
+from vllm.config import VllmConfig
+from vllm.utils.torch_utils import is_quantized_kv_cache
+
+
+def refuse_unsupported(vllm_config: VllmConfig) -> None:
+    """Raise for a configuration that would give wrong text or crash later.
+
+    Raises:
+        ValueError: one line per feature: what it is, why not, what to do instead.
+
+    """
+    reasons = _method_limits(vllm_config)
+    if vllm_config.speculative_config.tree_options().tree != "chain":
+        reasons += _tree_limits(vllm_config)
+    if reasons:
+        raise ValueError(
+            "The speculative method 'clover2' does not support this configuration:\n"
+            + "\n".join(f"- {reason}" for reason in reasons)
+        )
+
+
+def _method_limits(vllm_config: VllmConfig) -> list[str]:
+    """What neither a tree nor a chain of drafts can be combined with."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    limits = {
+        "pipeline parallelism: earlier stages never learn which rows were accepted; "
+        "set pipeline_parallel_size=1": parallel.pipeline_parallel_size > 1,
+        "context parallelism: it interleaves KV slots over ranks; set "
+        "decode_context_parallel_size=1 and prefill_context_parallel_size=1": (
+            parallel.decode_context_parallel_size > 1
+            or parallel.prefill_context_parallel_size > 1
+        ),
+        "KV transfer: blocks would be shipped before the accepted rows are moved to "
+        "their final slots; remove kv_transfer_config": (
+            vllm_config.kv_transfer_config is not None
+        ),
+        "micro-batching: attention metadata is built per micro-batch; disable dbo": (
+            parallel.use_ubatching
+        ),
+        "M-RoPE targets: their positions have three components; use a text model": (
+            model.uses_mrope
+        ),
+        "hybrid or attention-free targets: recurrent state cannot branch; use a "
+        "transformer": model.is_hybrid or model.is_attention_free,
+        "MLA targets: their KV layout is not supported; use an MHA/GQA target": (
+            model.use_mla
+        ),
+        "prompt embeddings: the draft needs the ids of prompt tokens; remove "
+        "enable_prompt_embeds": model.enable_prompt_embeds,
+    }
+    return [reason for reason, found in limits.items() if found]
+
+
+def _tree_limits(vllm_config: VllmConfig) -> list[str]:
+    """What a chain can be combined with but a tree cannot."""
+    limits = {
+        "quantized KV cache with trees: tree attention reads 16 and 32 bit KV; use "
+        'kv_cache_dtype="auto", or "tree": "chain"': is_quantized_kv_cache(
+            vllm_config.cache_config.cache_dtype
+        ),
+        "sliding-window attention with trees: the window would have to follow depths; "
+        'use "tree": "chain"': (
+            vllm_config.model_config.get_sliding_window() is not None
+        ),
+    }
+    return [reason for reason, found in limits.items() if found]

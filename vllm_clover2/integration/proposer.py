@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the draft: the augmenting block over committed rows, then tree growth."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.forward_context import set_forward_context
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.spec_decode.eagle import EagleProposer
+
+from vllm_clover2.tree.growth import GrownTrees, grow_dynamic, grow_static
+
+
+@dataclass(frozen=True)
+class CommittedRows:
+    """Rows of the last target pass that are part of the text now, by request.
+
+    A request's rows are consecutive positions: the scheduled prompt rows or its root,
+    then the accepted nodes in path order.
+    """
+
+    rows: np.ndarray  # [n] int64 index into the pass's hidden states
+    requests: np.ndarray  # [n] int64 batch index of each row's request
+    positions: np.ndarray  # [n] int64, also the KV position
+    counts: np.ndarray  # [num_reqs] int32 rows of each request, at least 1
+    next_tokens: np.ndarray  # [n] int64 token that follows each row
+
+
+class Clover2Proposer(EagleProposer):
+    """Drafts for all requests of a batch at once.
+
+    It is an ``EagleProposer`` because vLLM tells drafts with hidden states and KV of
+    their own by that class; loading, KV groups and attention groups are inherited,
+    proposing is not.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, device: torch.device, runner: Any
+    ) -> None:
+        super().__init__(vllm_config, device, runner)
+        self.options = self.speculative_config.tree_options()
+        if self.options.tree == "dynamic":
+            self._dynamic_tree = self.options.dynamic_tree()
+        else:
+            self._static_shape = self.options.static_shape()
+
+    def _maybe_share_embeddings(self, target_language_model: nn.Module) -> None:
+        self.model.bind_target(target_language_model)
+
+    def _maybe_share_lm_head(self, target_language_model: nn.Module) -> None:
+        """Done with the embeddings: both are rows of the target's ``lm_head``."""
+
+    @torch.inference_mode()
+    def dummy_run(
+        self,
+        num_tokens: int,
+        use_cudagraphs: bool = True,
+        is_graph_capturing: bool = False,
+        slot_mappings: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Profile and warm up: one pass over ``num_tokens`` rows, one growth."""
+        with set_forward_context(
+            None,
+            self.vllm_config,
+            num_tokens=num_tokens,
+            slot_mapping=slot_mappings or {},
+        ):
+            hidden = self.model(
+                self.input_ids[:num_tokens],
+                self.positions[:num_tokens],
+                self.hidden_states[:num_tokens],
+            )
+        self.grow(hidden[: self.max_batch_size])
+
+    def augment(
+        self,
+        committed: CommittedRows,
+        hidden_states: torch.Tensor,  # [rows of the pass, hidden]
+        step: CommonAttentionMetadata,
+        block_size: int,
+    ) -> torch.Tensor:
+        """Append the draft's KV of the committed rows.
+
+        Args:
+            block_size: tokens in one entry of the step's block table.
+
+        Returns:
+            "g" of the last committed row of every request, [num_reqs, hidden].
+
+        """
+        to_device = self._to_device
+        metadata = self._attention_metadata(committed, step, block_size)
+        layers = {
+            name: group_metadata
+            for group, group_metadata in metadata
+            for name in group.layer_names
+        }
+        slots = metadata[0][1].slot_mapping
+        with set_forward_context(
+            layers,
+            self.vllm_config,
+            num_tokens=len(committed.rows),
+            slot_mapping=dict.fromkeys(self._draft_attn_layer_names, slots),
+        ):
+            augmented = self.model(
+                to_device(committed.next_tokens),
+                to_device(committed.positions),
+                hidden_states[to_device(committed.rows)],
+            )
+        return augmented[to_device(np.cumsum(committed.counts) - 1)]
+
+    def grow(self, hidden: torch.Tensor) -> GrownTrees:
+        """Trees below the roots whose augmented states are ``hidden`` [n, hidden]."""
+        if self.options.tree == "dynamic":
+            return grow_dynamic(self.model, hidden, self._dynamic_tree)
+        return grow_static(self.model, hidden, self._static_shape)
+
+    def _attention_metadata(
+        self,
+        committed: CommittedRows,
+        step: CommonAttentionMetadata,
+        block_size: int,
+    ) -> list[tuple[Any, Any]]:
+        """Attention metadata of each of the draft's attention groups."""
+        counts = committed.counts
+        num_reqs = len(counts)
+        starts = np.zeros(num_reqs + 1, dtype=np.int32)
+        np.cumsum(counts, out=starts[1:])
+        lengths = (committed.positions[starts[1:] - 1] + 1).astype(np.int32)
+        positions = self._to_device(committed.positions)
+        blocks = step.block_table_tensor[
+            self._to_device(committed.requests), positions // block_size
+        ]
+        draft_step = CommonAttentionMetadata(
+            query_start_loc=self._to_device(starts),
+            query_start_loc_cpu=torch.from_numpy(starts),
+            seq_lens=self._to_device(lengths),
+            seq_lens_cpu_upper_bound=torch.from_numpy(lengths),
+            num_reqs=num_reqs,
+            num_actual_tokens=len(committed.rows),
+            max_query_len=int(counts.max()),
+            max_seq_len=int(lengths.max()),
+            block_table_tensor=step.block_table_tensor[:num_reqs],
+            slot_mapping=blocks.long() * block_size + positions % block_size,
+            causal=True,
+            positions=positions,
+        )
+        return [
+            (group, group.get_metadata_builder().build(0, draft_step))
+            for group in self.draft_attn_groups
+        ]
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        """Host array -> device; no copy on CPU, asynchronous on CUDA."""
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)

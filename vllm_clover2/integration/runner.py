@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step of Clover-2 on vLLM's Model Runner V1, for CPU and CUDA.
+
+The stock runner calls, in this order: ``_prepare_inputs`` (we set tree positions),
+``_build_attention_metadata`` (we attach the trees), the target's forward, ``_sample``
+(we accept a path and commit its KV), ``_bookkeeping_sync`` and
+``propose_draft_token_ids`` (we run the draft). No stock method is copied.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+
+from vllm_clover2 import ops
+from vllm_clover2.integration.attention import kv_layout, understands_trees
+from vllm_clover2.integration.compat import v0_32
+from vllm_clover2.integration.proposer import Clover2Proposer, CommittedRows
+from vllm_clover2.integration.sampling import AcceptedPaths, accept_paths
+from vllm_clover2.integration.verify import (
+    Draft,
+    DraftStore,
+    VerifyBatch,
+    likeliest_path,
+)
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class Clover2RunnerMixin:
+    """Overrides of ``GPUModelRunner`` (V1); mixed in front of the platform's runner."""
+
+    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+        v0_32.check_signatures(v0_32.EXPECTED_WORKER)
+        super().__init__(vllm_config, device)
+        self.drafter = Clover2Proposer(vllm_config, device, self)
+        # The draft reads the target's hidden state before its final norm, which vLLM
+        # hands out the way EAGLE-3 asks for intermediate layers.
+        self.use_aux_hidden_state_outputs = True
+        self.drafts = DraftStore()
+        self._batch: VerifyBatch | None = None
+        self._accepted: AcceptedPaths | None = None
+
+    # Set-up
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        draft_layers = self.drafter._draft_attn_layer_names
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention)
+        self._target_layers = [
+            layer for name, layer in layers.items() if name not in draft_layers
+        ]
+        if self.drafter.options.tree != "chain":
+            self._require_tree_attention()
+        logger.info(
+            "clover2: %s, ops run %s",
+            self.drafter.options,
+            ops.backend(self.device.type),
+        )
+
+    def _require_tree_attention(self) -> None:
+        backends = {layer.get_attn_backend() for layer in self._target_layers}
+        stock = [b.get_name() for b in backends if not understands_trees(b)]
+        if stock:
+            raise ValueError(
+                f"clover2 trees need an attention backend that understands them; the "
+                f"target uses {', '.join(stock)}. Choose FLASH_ATTN or TRITON_ATTN "
+                f'(--attention-backend), or "tree": "chain".'
+            )
+
+    def _setup_eagle3_aux_hidden_state_outputs(self) -> None:
+        if not hasattr(self.get_model(), "set_aux_hidden_state_layers"):
+            raise ValueError(
+                f"clover2 reads the target's last hidden state through vLLM's EAGLE-3 "
+                f"interface, which {type(self.get_model()).__name__} does not have."
+            )
+        # "Layer" n is the output of the last of n layers.
+        layers = (self.model_config.get_total_num_hidden_layers(),)
+        self.get_model().set_aux_hidden_state_layers(layers)
+
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(*args, **kwargs)
+        holder = self.input_batch.thinking_budget_state_holder
+        if holder is not None:
+            # Its rows follow requests, not drafts: we sample level by level, and
+            # requests with a budget are not drafted for.
+            holder.in_spec_mode = False
+
+    def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
+        # The stock test stops drafting for the whole batch, for good, once any
+        # request is near the length limit; drafts of ours never pass the limit,
+        # because the scheduler trims them and the draft's KV is committed text.
+        return common_attn_metadata is not None
+
+    def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
+        super()._on_request_state_removed(req_id, req_state)
+        self.drafts.drop(req_id)
+
+    # Verify
+
+    def _prepare_inputs(
+        self, scheduler_output: Any, num_scheduled_tokens: np.ndarray
+    ) -> Any:
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        logits_indices = prepared[0]
+        spec_tokens = scheduler_output.scheduled_spec_decode_tokens
+        num_reqs = self.input_batch.num_reqs
+        batch = VerifyBatch.build(
+            [
+                self.drafts.scheduled(
+                    req_id, self.requests[req_id].num_tokens, spec_tokens[req_id]
+                )
+                if spec_tokens.get(req_id)
+                else None
+                for req_id in self.input_batch.req_ids
+            ],
+            self.input_batch.num_computed_tokens_cpu[:num_reqs],
+            num_scheduled_tokens,
+        )
+        # Only RoPE follows depth. KV slots were computed from the linear positions
+        # that the stock method has just used, one slot a row.
+        batch = batch.to(self.device)
+        self.positions[logits_indices.long()] = batch.positions()
+        self._batch = batch
+        return prepared
+
+    def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        per_layer, step = super()._build_attention_metadata(*args, **kwargs)
+        if self._batch is not None and step is not None:
+            trees = self._batch.tree_rows(step.block_table_tensor)
+            for metadata in {id(m): m for m in per_layer.values()}.values():
+                metadata.clover2_trees = trees
+        return per_layer, step
+
+    def _sample(self, logits: torch.Tensor, spec_decode_metadata: Any) -> Any:
+        batch = self._batch
+        num_reqs = self.input_batch.num_reqs
+        self._accepted = accept_paths(
+            self.sampler,
+            logits,
+            self.input_batch.sampling_metadata,
+            batch,
+            self.discard_request_mask.gpu[:num_reqs],
+        )
+        self._commit(batch, self._accepted)
+        return self._accepted.output
+
+    def _commit(self, batch: VerifyBatch, accepted: AcceptedPaths) -> None:
+        """Move accepted rows to where decoding one by one would have put them.
+
+        Must be done in the step that accepts: the scheduler hashes these slots for
+        prefix caching, or frees them, before the next one.
+        """
+        if not len(batch.tree_requests):
+            return
+        block_table = self.input_batch.block_table[self.drafter.kv_cache_gid]
+        ops.commit_kv(
+            [layer.kv_cache for layer in self._target_layers],
+            kv_layout(self._target_layers[0]),
+            block_table.get_device_tensor(batch.num_requests),
+            torch.from_numpy(batch.root_positions).to(self.device, non_blocking=True),
+            accepted.paths,
+            accepted.lengths,
+        )
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        # For a request in the middle of its prompt the stock method rewinds the
+        # generator by one draw, which kills the engine on CPU (its generators have no
+        # offset). Ours drew nothing for it, so there is nothing to rewind.
+        generators = self.input_batch.generators
+        discarded = np.flatnonzero(
+            self.discard_request_mask.np[: self.input_batch.num_reqs]
+        )
+        hidden = {int(i): generators.pop(int(i)) for i in discarded if i in generators}
+        try:
+            return super()._bookkeeping_sync(*args, **kwargs)
+        finally:
+            generators.update(hidden)
+
+    # Draft
+
+    def propose_draft_token_ids(
+        self,
+        scheduler_output: Any,
+        sampled_token_ids: list[list[int]],
+        sampling_metadata: Any,
+        hidden_states: torch.Tensor,
+        sample_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor],
+        spec_decode_metadata: Any,
+        common_attn_metadata: Any,
+        slot_mappings: Any,
+    ) -> list[list[int]]:
+        block_table = self.input_batch.block_table[self.drafter.kv_cache_gid]
+        states = self.drafter.augment(
+            self._committed_rows(self._batch, self._accepted),
+            aux_hidden_states[0],
+            common_attn_metadata,
+            block_table.block_size,
+        )
+        self._batch = self._accepted = None
+        proposals: list[list[int]] = [[] for _ in sampled_token_ids]
+        drafted = [i for i, sampled in enumerate(sampled_token_ids) if sampled]
+        max_nodes = scheduler_output.num_spec_tokens_to_schedule
+        if drafted and max_nodes:
+            grown = self.drafter.grow(states[drafted])
+            sizes = grown.sizes.clamp(max=max_nodes).tolist()
+            tokens, parents = grown.tokens.tolist(), grown.parents.cpu().numpy()
+            for row, request in enumerate(drafted):
+                size = sizes[row]
+                proposals[request] = self._remember(
+                    self.input_batch.req_ids[request],
+                    tokens[row][:size],
+                    parents[row, :size],
+                )
+        for request, proposal in enumerate(proposals):
+            if not proposal:
+                self.drafts.drop(self.input_batch.req_ids[request])
+        return proposals
+
+    def _remember(
+        self, req_id: str, tokens: list[int], parents: np.ndarray
+    ) -> list[int]:
+        """Keep a grown tree for the next step; returns what to send the scheduler."""
+        request = self.requests[req_id]
+        params = request.sampling_params
+        if params.thinking_token_budget is not None:
+            self.drafts.fell_back("thinking budget: not drafted")
+            return []
+        is_chain = self.drafter.options.tree == "chain"
+        if params.structured_outputs is not None and not is_chain:
+            # vLLM reads the drafts of such a request as one string when it builds
+            # the grammar's mask, so siblings would be misread.
+            self.drafts.fell_back("structured output: drafted as a chain")
+            path = likeliest_path(parents)
+            tokens = [tokens[row - 1] for row in path]
+            parents = np.arange(len(path), dtype=np.int32)
+            is_chain = True
+        self.drafts.put(req_id, Draft(request.num_tokens, tokens, parents, is_chain))
+        return tokens
+
+    def _committed_rows(
+        self, batch: VerifyBatch, accepted: AcceptedPaths
+    ) -> CommittedRows:
+        """Rows of the step that are text now; call after the stock bookkeeping."""
+        num_reqs = batch.num_requests
+        starts = self.query_start_loc.np[:num_reqs].astype(np.int64)
+        first_positions = self.input_batch.num_computed_tokens_cpu[:num_reqs]
+        # Up to and including the root; further rows are accepted nodes.
+        upto_root = batch.root_query_rows - starts + 1
+        counts = (upto_root + accepted.lengths.cpu().numpy()).astype(np.int32)
+
+        requests = np.repeat(np.arange(num_reqs), counts)
+        ends = np.cumsum(counts)
+        within = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+        rows = starts[requests] + within
+        step = within - upto_root[requests]  # 0.. for accepted nodes, else negative
+        accepted_rows = step >= 0
+        paths = accepted.paths.cpu().numpy()
+        of_node = requests[accepted_rows]
+        rows[accepted_rows] = (
+            batch.root_query_rows[of_node] + paths[of_node, step[accepted_rows]]
+        )
+        positions = first_positions[requests].astype(np.int64) + within
+        next_tokens = self.input_batch.token_ids_cpu[requests, positions + 1]
+        return CommittedRows(
+            rows, requests, positions, counts, next_tokens.astype(np.int64)
+        )
+
+    # Telemetry
+
+    def clover2_stats(self) -> dict[str, int]:
+        """How often a request got less than its tree, by reason."""
+        return dict(self.drafts.counts)

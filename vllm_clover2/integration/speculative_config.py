@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's speculative configuration for the method ``clover2``.
+
+This module is imported when a pickled ``VllmConfig`` is read in a new process, before
+plugins are loaded there; it must not import workers, runners or models.
+"""
+
+from typing import Any, Literal
+
+from pydantic import ValidationError
+from vllm.config import ModelConfig
+from vllm.config.speculative import SpeculativeConfig
+from vllm.config.utils import config
+from vllm.logger import init_logger
+
+from vllm_clover2.tree.options import TreeOptions
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+def head_for(target: ModelConfig) -> str:
+    """Directory of the head that is registered, or shipped, for ``target``.
+
+    Raises:
+        ValueError: no head is known for this target; the message lists those known.
+
+    """
+    from vllm_clover2.heads import find_head
+
+    head = str(find_head(target.model, target.hf_config))
+    logger.info("clover2: using the draft head %s for %s", head, target.model)
+    return head
+
+
+@config
+class Clover2SpeculativeConfig(SpeculativeConfig):
+    """``SpeculativeConfig`` with ``method="clover2"`` and the options of a tree.
+
+    It takes vLLM's EAGLE path (``use_eagle()``): a draft with target hidden states as
+    input and KV of its own, drafted after bookkeeping. The tree options are those of
+    :class:`~vllm_clover2.tree.options.TreeOptions`, which also holds their defaults.
+    """
+
+    method: Literal["clover2"] = "clover2"  # type: ignore[assignment]
+    tree: Any = None
+    """``"dynamic"``, ``"static"``, ``"chain"`` or a list of paths."""
+    top_k: int | None = None
+    """Children considered per node, and nodes expanded per level (dynamic tree)."""
+    depth: int | None = None
+    """Levels of the tree."""
+    top_p: float | None = None
+    """Nucleus mass that a node's children must lie in (dynamic tree)."""
+
+    def __post_init__(self) -> Any:
+        self.num_speculative_tokens = self.tree_options().num_nodes
+        # Trees differ in size, and the drafter needs the accepted path on the host.
+        self.disable_padded_drafter_batch = True
+        # The stock constructor knows a closed set of methods. "eagle" (rather than
+        # "draft_model") keeps it from guessing a method from the directory's name.
+        self.method = "eagle"  # type: ignore[assignment]
+        try:
+            super().__post_init__()
+        finally:
+            self.method = "clover2"
+        self._check_head_fits()
+        return self
+
+    def tree_options(self) -> TreeOptions:
+        """The validated options; those the user left out have their defaults.
+
+        Raises:
+            ValueError: an option is out of range; names it and the allowed values.
+
+        """
+        given = {
+            name: getattr(self, name)
+            for name in TreeOptions.model_fields
+            if getattr(self, name) is not None
+        }
+        try:
+            return TreeOptions(**given)
+        except ValidationError as error:
+            details = "; ".join(
+                f"{'.'.join(map(str, e['loc'])) or 'options'}: {e['msg']}"
+                for e in error.errors()
+            )
+            raise ValueError(
+                f"speculative_config for clover2 is invalid: {details}"
+            ) from error
+
+    def use_eagle(self) -> bool:
+        return True
+
+    def compute_hash(self) -> str:
+        # The target's graph returns one hidden state more than a plain EAGLE run's,
+        # so the two must not share a compilation cache entry.
+        return f"clover2-{super().compute_hash()}"
+
+    def __repr__(self) -> str:
+        return (
+            f"Clover2SpeculativeConfig(model={self.model!r}, {self.tree_options()!r})"
+        )
+
+    def _check_head_fits(self) -> None:
+        """Compare the head's sizes with the target's before anything is loaded."""
+        draft = self.draft_model_config.hf_config
+        if getattr(draft, "model", None) is not None:  # inside vLLM's EAGLEConfig
+            draft = draft.model
+        if draft.model_type != "clover2":
+            raise ValueError(
+                f"A clover2 head has model_type 'clover2' in its config.json, but "
+                f"{self.model} has {draft.model_type!r}. For a checkpoint of the "
+                f"original project run 'vllm-clover2 convert' first."
+            )
+        target = self.target_model_config.hf_text_config
+        for size in ("hidden_size", "vocab_size"):
+            expected, found = getattr(target, size), getattr(draft, size)
+            if expected != found:
+                raise ValueError(
+                    f"The draft's {size} must equal the target's {expected}, but the "
+                    f"head {self.model} has {found}. Choose the head that was trained "
+                    f"for {self.target_model_config.model}, or train one."
+                )
