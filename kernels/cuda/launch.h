@@ -34,7 +34,7 @@ struct TreeAttentionParams {
   int sliding_window;  // -1: none
   float scale, softcap;
   // Set by plan_tree_attention:
-  int row_tiles, max_splits, min_tiles_per_split;
+  int row_tiles, max_splits, min_tiles_per_split, tile_keys;
 };
 
 // Head sizes that tree_attention has kernels for.

@@ -100,13 +100,18 @@ __device__ __forceinline__ RowView find_view(const TreeAttentionParams& p,
                   p.sliding_window);
 }
 
-// A dot product becomes a score in base 2, so that softmax is a plain exp2.
+// Scores are in base 2, so that softmax is a plain exp2. Without a cap a score is the dot
+// product times scale * log2(e). With one it is cap * tanh(..): 1 - 2 / (e^2x + 1) is
+// exact to 1e-7 of the cap, also where e^2x overflows.
+__device__ __forceinline__ float capped_score(const TreeAttentionParams& p,
+                                              float dot) {
+  const float squared = exp2_fast(dot * p.scale * (2.0f * kLog2E / p.softcap));
+  return (1.0f - 2.0f / (squared + 1.0f)) * (p.softcap * kLog2E);
+}
+
 __device__ __forceinline__ float base2_score(const TreeAttentionParams& p,
                                              float dot) {
-  if (p.softcap > 0.0f) {
-    return tanhf(dot * p.scale / p.softcap) * (p.softcap * kLog2E);
-  }
-  return dot * (p.scale * kLog2E);
+  return p.softcap > 0.0f ? capped_score(p, dot) : dot * (p.scale * kLog2E);
 }
 
 // Running softmax of one row: new maximum, and the factor for what was summed before.
@@ -163,7 +168,7 @@ __device__ __forceinline__ int find_request(const TreeAttentionParams& p,
 // split have their result already.
 template <typename Element>
 __global__ void __launch_bounds__(kMergeThreads)
-    merge_splits_kernel(const TreeAttentionParams p, int tile_keys) {
+    merge_splits_kernel(const TreeAttentionParams p) {
   const int warps = kMergeThreads / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int64_t pair = static_cast<int64_t>(blockIdx.x) * warps +
@@ -176,7 +181,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   const int first_row = p.row_offsets[request];
   const int rows = p.row_offsets[request + 1] - first_row;
   const KeySplit keys =
-      split_keys(p.prefix_lens[request], rows, p.sliding_window, tile_keys,
+      split_keys(p.prefix_lens[request], rows, p.sliding_window, p.tile_keys,
                  p.max_splits, p.min_tiles_per_split);
   if (keys.splits == 1) return;
 
