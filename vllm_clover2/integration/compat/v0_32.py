@@ -259,6 +259,18 @@ def _keep_model_runner_v1() -> None:
     VllmConfig._get_v2_model_runner_unsupported_features = unsupported_features
 
 
+def forget_selected_backends() -> None:
+    """Clear the cache of ``vllm.v1.attention.selector:_cached_get_attn_backend``.
+
+    vLLM remembers its choice for the life of the process, so after a plain engine in
+    the same process (``VLLM_ENABLE_V1_MULTIPROCESSING=0``) our overrides would go
+    unseen. Goes away when ``register_backend`` clears the cache itself.
+    """
+    from vllm.v1.attention import selector
+
+    selector._cached_get_attn_backend.cache_clear()
+
+
 def _uses_clover2(vllm_config: Any) -> bool:
     speculative = vllm_config.speculative_config
     return speculative is not None and speculative.method == METHOD
