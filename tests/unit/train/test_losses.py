@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses and gradients against the original implementation's tensors."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vllm_clover2.model import Clover2Model
+from vllm_clover2.model.weights import from_reference
+from vllm_clover2.train.losses import (
+    LossRows,
+    LossWeights,
+    draft_loss,
+    label_agreement,
+)
+
+_DEFAULT = Path(__file__).resolve().parents[4] / "shared" / "golden"
+GOLDEN = Path(os.environ.get("CLOVER2_GOLDEN_DIR", _DEFAULT))
+CASES = sorted(path.parent.name for path in GOLDEN.glob("*/loss.safetensors"))
+needs_golden = pytest.mark.skipif(
+    not CASES, reason=f"no golden losses in {GOLDEN}; set CLOVER2_GOLDEN_DIR"
+)
+
+
+@needs_golden
+@pytest.mark.parametrize("variant", ["plain", "label_mask"])
+@pytest.mark.parametrize("name", CASES or ["none"])
+def test_losses_and_gradients_match(name: str, variant: str) -> None:
+    case = GOLDEN / name
+    reference = load_file(case / "weights.safetensors")
+    config, state, report = from_reference(
+        reference, json.loads((case / "config.json").read_text())
+    )
+    model = Clover2Model(config)
+    model.load_state_dict(state)
+    lm_head = reference["lm_head.weight"]
+    golden = load_file(case / "loss.safetensors")
+    batch = {k[6:]: v for k, v in golden.items() if k.startswith("batch.")}
+
+    agreement = None
+    if variant == "label_mask":
+        agreement = label_agreement(batch["hidden_states"], batch["input_ids"], lm_head)
+    rows = LossRows.build(batch["loss_mask"], config.num_draft_steps, agreement)
+    embeddings = lm_head[batch["input_ids"]]
+    g = model.augment(batch["hidden_states_onnorm"], embeddings)
+    heads = model.unroll(g, embeddings, config.num_draft_steps)
+    outputs = heads[:, rows.batch, rows.position]
+    result = draft_loss(outputs, batch["target"], rows, lm_head, LossWeights())
+
+    def close(actual: torch.Tensor, expected: torch.Tensor, limit: float) -> None:
+        torch.testing.assert_close(actual, expected, atol=limit, rtol=0)
+
+    close(result.ploss, golden[f"{variant}.ploss"], 5e-5)
+    close(result.vloss, golden[f"{variant}.vloss"], 5e-5)
+    close(result.loss.detach()[None], golden[f"{variant}.loss"], 5e-5)
+
+    result.loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    prefix = f"{variant}.grad."
+    stored = [key for key in golden if key.startswith(prefix)]
+    assert stored
+    for key in stored:
+        close(gradients[report.taken[key[len(prefix) :]]], golden[key], 1e-5)
+    norms = json.loads((case / "loss.json").read_text())[variant]["grad_l2"]
+    assert len(norms) == len(gradients)
+    for key, norm in norms.items():
+        found = float(gradients[report.taken[key]].double().norm())
+        assert found == pytest.approx(norm, rel=1e-5)
+
+
+def test_gathered_rows_cover_exactly_the_mask() -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0]], dtype=torch.bool)
+    rows = LossRows.build(mask, num_steps=3)
+    for step in range(3):
+        reached = {
+            (int(b), int(t) + step)
+            for b, t, w in zip(rows.batch, rows.position, rows.weight[step])
+            if w
+        }
+        wanted = {(int(b), int(s)) for b, s in mask.nonzero() if s >= step}
+        assert reached == wanted
+        for column in rows.weight[step].nonzero()[:, 0]:
+            label = rows.label[step, column]
+            assert rows.label_batch[label] == rows.batch[column]
+            assert rows.label_position[label] == rows.position[column] + step
+
+
+def test_chunked_loss_equals_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks, a reduced vocabulary: same value and gradient as autograd."""
+    torch.manual_seed(0)
+    vocab, hidden, num_steps = 11, 6, 2
+    monkeypatch.setattr("vllm_clover2.train.losses._CHUNK_LOGITS", 3 * vocab)
+    mask = torch.rand(2, 9) < 0.6
+    mask[:, -1] = False
+    rows = LossRows.build(mask, num_steps)
+    lm_head = torch.randn(vocab, hidden)
+    targets = torch.randn(2, 9, hidden)
+    outputs = torch.randn(num_steps, len(rows.batch), hidden, requires_grad=True)
+    weights = LossWeights(value=0.0, prob=1.0, decay=0.5)
+    result = draft_loss(outputs, targets, rows, lm_head, weights, count_agreed=True)
+    result.loss.backward()
+
+    again = outputs.detach().clone().requires_grad_()
+    total = torch.zeros(())
+    for step in range(num_steps):
+        terms = []
+        for column in range(len(rows.batch)):
+            reached = int(rows.position[column]) + step
+            if reached < 9 and mask[rows.batch[column], reached]:
+                wanted = (lm_head @ targets[rows.batch[column], reached]).softmax(-1)
+                found = (lm_head @ again[step, column]).log_softmax(-1)
+                terms.append(-(wanted * found).sum())
+        total = total + 0.5**step * sum(terms) / (len(terms) + 1)
+    total.backward()
+    torch.testing.assert_close(result.loss, total)
+    torch.testing.assert_close(outputs.grad, again.grad)
+    assert result.agreed is not None
+    assert (result.agreed <= result.weight).all()

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Typed settings of a training run; the command line is generated from them."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = ["TrainConfig"]
+
+
+class TrainConfig(BaseModel):
+    """Everything that decides a run's result, plus where things lie."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    target: str = Field(description="target model: a folder or a hub name")
+    answers: Path = Field(description="answers of the target (.jsonl or .jsonl.gz)")
+    output: Path = Field(description="run directory, made or resumed")
+
+    architecture: Literal["clover2", "eagle1"] = Field(
+        "clover2", description="draft to train; eagle1 is the baseline"
+    )
+    num_layers: int = Field(2, ge=1, description="layers of the augmenting block")
+    num_draft_steps: int = Field(5, ge=1, description="depth to train for")
+    draft_vocab_size: int | None = Field(
+        None, description="score only the target's most frequent tokens; unset: all"
+    )
+    rope_theta: float | None = Field(None, description="unset: the target's")
+    init_layers: Literal["last", "first", "random"] = Field(
+        "last", description="target layers that the augmenting layers start from"
+    )
+
+    steps: int = Field(2000, ge=1, description="optimiser steps in all")
+    max_tokens: int = Field(4096, ge=2, description="padded tokens a batch")
+    max_length: int = Field(2048, ge=4, description="longer answers are cut")
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup_steps: int = Field(100, ge=0)
+    decay_fraction: float = Field(
+        1.0, gt=0, le=1, description="last share of the run with cosine decay"
+    )
+    final_lr_fraction: float = Field(0.02, ge=0, le=1)
+    weight_decay: float = Field(0.01, ge=0)
+    beta2: float = Field(0.95, gt=0, lt=1)
+    clip_norm: float = Field(1.0, gt=0, description="gradient norm limit")
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="average the weights; unset: off"
+    )
+    value_weight: float = Field(10.0, ge=0, description="weight of smooth L1")
+    prob_weight: float = Field(1.0, ge=0, description="weight of cross entropy")
+    step_decay: float = Field(0.7, gt=0, description="loss factor per draft step")
+    label_mask: bool = Field(
+        False, description="skip continuations the target would not choose"
+    )
+    max_answers: int | None = Field(
+        None, ge=1, description="train on the first answers of the file only"
+    )
+    validation_fraction: float = Field(0.02, gt=0, lt=0.5)
+    seed: int = 0
+
+    precision: Literal["bf16", "fp32"] = "bf16"
+    hidden_cache: Path | None = Field(
+        None, description="keep the target's hidden states there; unset: recompute"
+    )
+    compile_loss: bool = Field(False, description="torch.compile the loss")
+    threads: int | None = Field(None, ge=1, description="CPU threads")
+    log_every: int = Field(20, ge=1)
+    evaluate_every: int = Field(250, ge=1)
+    save_every: int = Field(250, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"warmup_steps must be below steps ({self.steps}), got "
+                f"{self.warmup_steps}"
+            )
+        if self.value_weight == 0 and self.prob_weight == 0:
+            raise ValueError("value_weight and prob_weight must not both be 0")
+        return self

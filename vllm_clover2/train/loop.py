@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: one process or many, resumable inside an epoch."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.progress import Progress, TextColumn, TimeRemainingColumn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from vllm_clover2.model import Clover2Model
+from vllm_clover2.model.weights import save_head
+from vllm_clover2.train.config import TrainConfig
+from vllm_clover2.train.data import (
+    AnswerSet,
+    Batch,
+    collate,
+    read_answers,
+    token_budget_batches,
+)
+from vllm_clover2.train.drafts import TrainableClover2, new_clover2
+from vllm_clover2.train.hidden import HiddenStateCache, Target
+from vllm_clover2.train.losses import (
+    DraftLoss,
+    LossRows,
+    LossWeights,
+    draft_loss,
+    label_agreement,
+)
+from vllm_clover2.train.run import RunDirectory
+
+__all__ = ["Trainer", "frequent_tokens", "lr_factor", "train"]
+
+
+def frequent_tokens(
+    counts: np.ndarray,  # [vocab_size] int64
+    size: int,
+) -> tuple[torch.Tensor, float]:
+    """The `size` most frequent ids, ascending, and the share they cover."""
+    chosen = np.sort(np.argsort(-counts, kind="stable")[:size])
+    return torch.from_numpy(chosen), float(counts[chosen].sum() / counts.sum())
+
+
+def lr_factor(step: int, config: TrainConfig) -> float:
+    """Warm-up, a plateau, and a cosine over the last `decay_fraction` of the run."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    start = max(config.warmup_steps, round(config.steps * (1 - config.decay_fraction)))
+    progress = (step - start) / max(1, config.steps - start)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
+    return config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine
+
+
+@dataclass(frozen=True)
+class _Shifted:
+    """A batch as the draft sees it: position t is paired with token t + 1."""
+
+    hidden: torch.Tensor  # [B, T, H] target states before its final norm
+    post_norm: torch.Tensor  # [B, T, H] and after it
+    next_ids: torch.Tensor  # [B, T] int64
+    targets: torch.Tensor  # [B, T, H] `post_norm` one position later
+    loss_mask: torch.Tensor  # [B, T] bool
+
+
+class Trainer:
+    """Holds what a run consists of; `run` does the steps."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.config = config
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if config.precision == "bf16" else "no"
+        )
+        set_seed(config.seed)
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self.target = Target.load(config.target, dtype, self.accelerator.device)
+        self.answers = read_answers(
+            config.answers, self.target.config.vocab_size, config.max_length
+        )
+        self.train_indices, self.val_indices = self.answers.split(
+            config.validation_fraction
+        )
+        if config.max_answers is not None:
+            first = self.train_indices < config.max_answers
+            self.train_indices = self.train_indices[first]
+        if not len(self.val_indices):
+            raise ValueError(
+                f"no answer fell into the validation share "
+                f"{config.validation_fraction}; give more answers or a larger share"
+            )
+        self.cache = (
+            HiddenStateCache(config.hidden_cache, self.answers, self.target)
+            if config.hidden_cache
+            else None
+        )
+        self._build_draft()
+        self.run_directory = RunDirectory(config.output)
+        self.step = 0
+
+    def _build_draft(self) -> None:
+        config = self.config
+        counts = self.answers.output_counts(
+            self.target.config.vocab_size, self.train_indices
+        )
+        ids, self.coverage = None, 1.0
+        if config.draft_vocab_size is not None:
+            ids, self.coverage = frequent_tokens(counts, config.draft_vocab_size)
+        self.draft = new_clover2(config, self.target, ids)
+        lm_head = self.target.lm_head
+        self.draft_lm_head = lm_head if ids is None else lm_head[ids.to(lm_head.device)]
+        model = TrainableClover2(self.draft)
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=config.learning_rate,
+            betas=(0.9, config.beta2),
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: lr_factor(step, config)
+        )
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.accelerator.register_for_checkpointing(self.scheduler)
+        self.average: AveragedModel | None = None
+        if config.ema_decay is not None:
+            self.average = AveragedModel(
+                self.draft, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)
+            )
+            self.accelerator.register_for_checkpointing(self.average)
+
+    # --- data -------------------------------------------------------------
+
+    def _epoch(self, epoch: int) -> list[np.ndarray]:
+        """This process's batches of one epoch; all processes have equally many."""
+        batches = token_budget_batches(
+            self.answers.lengths,
+            self.train_indices,
+            self.config.max_tokens,
+            seed=self.config.seed * 1_000_003 + epoch,
+        )
+        world = self.accelerator.num_processes
+        usable = max(world, len(batches) // world * world)
+        mine = batches[:usable][self.accelerator.process_index :: world]
+        if not mine:
+            raise ValueError(
+                f"{len(batches)} batches are too few for {world} processes; lower "
+                "max_tokens or use fewer processes"
+            )
+        return mine
+
+    def _batches_from(self, step: int) -> Iterator[tuple[int, Batch]]:
+        """Batches from optimiser step `step` on, with their epoch; endless."""
+        epoch = 0
+        while True:
+            batches = self._epoch(epoch)
+            if step < len(batches):
+                for indices in batches[step:]:
+                    yield epoch, collate(self.answers, indices)
+            step = max(0, step - len(batches))
+            epoch += 1
+
+    def _shift(self, batch: Batch) -> _Shifted:
+        device = self.accelerator.device
+        input_ids = batch.input_ids.to(device)
+        if self.cache is not None:
+            hidden = self.cache.fetch(batch).to(device)
+        else:
+            hidden = self.target.pre_norm(input_ids)
+        hidden = hidden.to(self.target.lm_head.dtype).clone()
+        post_norm = self.target.post_norm(hidden)
+        next_ids = torch.nn.functional.pad(input_ids[:, 1:], (0, 1))
+        targets = torch.nn.functional.pad(post_norm[:, 1:], (0, 0, 0, 1))
+        mask = batch.loss_mask.to(device).clone()
+        # The last token has no successor state to imitate.
+        mask.scatter_(1, batch.lengths.to(device)[:, None] - 1, False)
+        return _Shifted(hidden, post_norm, next_ids, targets, mask)
+
+    # --- steps --------------------------------------------------------------
+
+    def _loss(self, batch: Batch, count_agreed: bool) -> DraftLoss:
+        config, shifted = self.config, self._shift(batch)
+        agreement = None
+        if config.label_mask:
+            with torch.no_grad():
+                agreement = label_agreement(
+                    shifted.post_norm, shifted.next_ids, self.target.lm_head
+                )
+        rows = LossRows.build(shifted.loss_mask, config.num_draft_steps, agreement)
+        embeddings = self.target.lm_head[shifted.next_ids]
+        outputs = self.model(shifted.hidden, embeddings, rows)
+        weights = LossWeights(
+            config.value_weight, config.prob_weight, config.step_decay
+        )
+        return draft_loss(
+            outputs,
+            shifted.targets,
+            rows,
+            self.draft_lm_head,
+            weights,
+            count_agreed,
+            config.compile_loss,
+        )
+
+    def _train_step(self, batch: Batch, count_agreed: bool) -> DraftLoss:
+        result = self._loss(batch, count_agreed)
+        self.accelerator.backward(result.loss)
+        norm = self.accelerator.clip_grad_norm_(
+            self.model.parameters(), self.config.clip_norm
+        )
+        if not (bool(torch.isfinite(result.loss)) and bool(torch.isfinite(norm))):
+            raise RuntimeError(
+                f"loss {float(result.loss)} or gradient norm {float(norm)} is not "
+                f"finite at step {self.step}; nothing was updated. Lower "
+                "learning_rate or check the target's hidden states; the last good "
+                f"checkpoint is {self.run_directory.latest()}"
+            )
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update_parameters(self.draft)
+        return result
+
+    def _served_draft(self) -> Clover2Model:
+        """The weights that are evaluated and shipped."""
+        return self.draft if self.average is None else self.average.module
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, list[float]]:
+        """Losses and top-1 agreement per step on the held-out answers."""
+        training, wrapped = self.model, TrainableClover2(self._served_draft())
+        self.model = self.accelerator.prepare_model(wrapped, evaluation_mode=True)
+        totals = torch.zeros(3, self.config.num_draft_steps)
+        try:
+            for indices in token_budget_batches(
+                self.answers.lengths, self.val_indices, self.config.max_tokens, None
+            ):
+                result = self._loss(collate(self.answers, indices), True)
+                assert result.agreed is not None
+                ce = result.ploss * (result.weight + 1.0)
+                totals += torch.stack([ce, result.agreed, result.weight]).cpu()
+        finally:
+            self.model = training
+        return {
+            "ploss": (totals[0] / totals[2]).tolist(),
+            "agreement": (totals[1] / totals[2]).tolist(),
+        }
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint, if there is one."""
+        latest = self.run_directory.latest()
+        if latest is None:
+            return
+        try:
+            self.accelerator.load_state(str(latest))
+        except Exception as error:  # each file format raises its own types
+            raise ValueError(
+                f"checkpoint {latest} cannot be loaded into this model ({error}). It "
+                "is damaged or of another shape: delete it to fall back to an older "
+                "one, or give the run another output folder"
+            ) from error
+        self.step = int(latest.name.removeprefix("step-"))
+
+    def save(self) -> None:
+        self.run_directory.save(
+            self.accelerator, self.step, self.config.keep_checkpoints
+        )
+        if self.accelerator.is_main_process:
+            save_head(self._served_draft(), self.run_directory.head, torch.bfloat16)
+
+    def run(self) -> Path:
+        """Train to `config.steps`; returns the folder of the finished head."""
+        config = self.config
+        data = {
+            "answers_sha256": self.answers.fingerprint,
+            "num_answers": len(self.answers),
+            "num_train": len(self.train_indices),
+            "num_validation": len(self.val_indices),
+        }
+        record = self.run_directory.record(config.model_dump(mode="json"), data)
+        self.draft.config.training = {
+            **record,
+            "draft_vocab_coverage": round(self.coverage, 4),
+        }
+        if self.average is not None:
+            self.average.module.config = self.draft.config
+        self.resume()
+        columns = (*Progress.get_default_columns()[:3], TimeRemainingColumn())
+        with Progress(
+            *columns,
+            TextColumn("{task.fields[status]}"),
+            disable=not self.accelerator.is_main_process,
+        ) as progress:
+            task = progress.add_task(
+                "training", total=config.steps, completed=self.step, status=""
+            )
+            started = time.monotonic()
+            for epoch, batch in self._batches_from(self.step):
+                if self.step >= config.steps:
+                    break
+                logged = (self.step + 1) % config.log_every == 0
+                result = self._train_step(batch, count_agreed=logged)
+                self.step += 1
+                status = ""
+                if logged:
+                    seconds = (time.monotonic() - started) / config.log_every
+                    status = self._log(result, epoch, seconds)
+                    started = time.monotonic()
+                self._periodic()
+                progress.update(
+                    task, completed=self.step, **({"status": status} if status else {})
+                )
+        return self.run_directory.head
+
+    def _periodic(self) -> None:
+        """Checkpoint and validate when due, and always after the last step."""
+        last = self.step == self.config.steps
+        if last or self.step % self.config.save_every == 0:
+            self.save()
+        if last or self.step % self.config.evaluate_every == 0:
+            result = self.validate()
+            if self.accelerator.is_main_process:
+                self.run_directory.log_validation(self.step, result)
+                shown = " ".join(f"{share:.3f}" for share in result["agreement"])
+                self.accelerator.print(f"step {self.step}: validation top-1 {shown}")
+
+    def _log(self, result: DraftLoss, epoch: int, seconds: float) -> str:
+        assert result.agreed is not None
+        agreement = (result.agreed / result.weight.clamp(min=1)).tolist()
+        row = {
+            "step": float(self.step),
+            "epoch": float(epoch),
+            "lr": self.scheduler.get_last_lr()[0],
+            "loss": float(result.loss),
+            "seconds_per_step": seconds,
+        }
+        for name, values in (
+            ("ploss", result.ploss.tolist()),
+            ("vloss", result.vloss.tolist()),
+            ("top1", agreement),
+        ):
+            row |= {f"{name}_{step}": value for step, value in enumerate(values)}
+        if self.accelerator.is_main_process:
+            self.run_directory.log(row)
+        shown = " ".join(f"{share:.2f}" for share in agreement)
+        return f"loss {row['loss']:.3f} top-1 {shown}"
+
+
+def train(config: TrainConfig) -> Path:
+    """Train a draft head; returns the folder that holds it."""
+    return Trainer(config).run()

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run directory: provenance, metrics, checkpoints."""
+
+import csv
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+__all__ = ["RunDirectory"]
+
+_PACKAGES = ("vllm-clover2", "torch", "transformers", "accelerate", "safetensors")
+
+
+class RunDirectory:
+    """Files of one run:
+
+    run.json        command, versions, seed, data hashes, settings
+    metrics.csv     one row per logged training step
+    metrics.json    validation results, by step
+    checkpoints/    step-NNNNNNN folders, each complete or absent
+    head/           the draft in the format that is served
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoints = folder / "checkpoints"
+        self.head = folder / "head"
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+
+    def record(self, settings: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """Write run.json; a resumed run must have the same data."""
+        path = self.folder / "run.json"
+        if path.exists():
+            previous = json.loads(path.read_text())
+            if previous["data"] != data:
+                raise ValueError(
+                    f"{self.folder} was trained on {previous['data']}, this run has "
+                    f"{data}; give the run its own output folder"
+                )
+        record = {
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "versions": {"python": platform.python_version(), **_versions()},
+            "git": _git_commit(),
+            "data": data,
+            "settings": settings,
+        }
+        write_json(path, record)
+        return record
+
+    def log(self, row: dict[str, float]) -> None:
+        """Append to metrics.csv; the first row decides the columns."""
+        path = self.folder / "metrics.csv"
+        new = not path.exists()
+        with path.open("a", newline="") as stream:
+            writer = csv.DictWriter(stream, fieldnames=list(row))
+            if new:
+                writer.writeheader()
+            writer.writerow({key: f"{value:.6g}" for key, value in row.items()})
+
+    def log_validation(self, step: int, result: dict[str, Any]) -> None:
+        path = self.folder / "metrics.json"
+        results = json.loads(path.read_text()) if path.exists() else []
+        results = [entry for entry in results if entry["step"] < step]
+        write_json(path, [*results, {"step": step, **result}])
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        found = sorted(self.checkpoints.glob("step-*"))
+        return found[-1] if found else None
+
+    def save(self, accelerator: Accelerator, step: int, keep: int) -> None:
+        """Write a checkpoint beside the others, then give it its final name.
+
+        A failure (a full disk, say) leaves the previous checkpoints as they are.
+        """
+        final = self.checkpoints / f"step-{step:07d}"
+        partial = self.checkpoints / f".partial-{step:07d}"
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            accelerator.save_state(str(partial))
+            if accelerator.is_main_process:
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(partial, final)
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, (OSError, RuntimeError)):
+                raise RuntimeError(
+                    f"cannot save the checkpoint of step {step} ({error}); the last "
+                    f"good one is {self.latest()}"
+                ) from error
+            raise
+        if accelerator.is_main_process:
+            for old in sorted(self.checkpoints.glob("step-*"))[:-keep]:
+                shutil.rmtree(old)
+
+
+def write_json(path: Path, content: Any) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1, default=str))
+    os.replace(partial, path)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _git_commit() -> str | None:
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        out = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return out.stdout.strip()
