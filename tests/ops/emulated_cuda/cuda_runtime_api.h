@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+// The little that kernels/cuda/bindings.cpp asks of the CUDA runtime, for a GPU that is
+// emulated: see gpu_emulator.h.
+#pragma once
+
+using cudaError_t = int;
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+
+inline int emulated_multiprocessors = 132;
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = emulated_multiprocessors;
+  return 0;
+}
+
+inline const char* cudaGetErrorString(cudaError_t) { return "emulated error"; }
