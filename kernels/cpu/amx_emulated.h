@@ -9,6 +9,7 @@ struct AmxEmulatedKernel {
   using Element = BFloat16;
   using Query = BFloat16;
   using Probability = BFloat16;
+  static constexpr int64_t kLeastPiece = 128;  // of keys, in vLLM's division
   static constexpr bool kScaleLogits = true;  // queries stay exact bf16 values
   static constexpr int64_t kTileElements = kTileRows * kTileRows * kPair;
 
@@ -25,9 +26,10 @@ struct AmxEmulatedKernel {
   int64_t key_offset(int64_t token) const { return token * dim; }
   int64_t value_offset(int64_t token) const { return token * kTileRows; }
 
-  // accumulator += a[depth] * tiles[depth][16]; `tiles` are kTileElements apart.
-  static f32x16 dot(f32x16 accumulator, const Element* a, const Element* tiles,
-                    int64_t depth) {
+  // start + a[depth] * tiles[depth][16]; the tiles follow each other.
+  CLOVER2_INLINE static f32x16 dot(const f32x16& start, const Element* a,
+                                   const Element* tiles, int64_t depth) {
+    f32x16 accumulator = start;
     for (int64_t begin = 0; begin < depth; begin += kTileRows * kPair) {
       f32x16 even_sum = {};
       f32x16 odd_sum = {};

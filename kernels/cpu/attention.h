@@ -46,6 +46,7 @@ class Attention {
                             kMaxQueries * problem.tile_tokens * sizeof(float),
                             kMaxQueries * kTailTokens * sizeof(float),
                             kMaxQueries * dim * sizeof(float),
+                            kMaxQueries * dim * sizeof(float),
                             kTailTokens * dim * sizeof(Element)};
     size_t total = 0;
     for (size_t size : sizes) total += size;
@@ -54,7 +55,8 @@ class Attention {
     logits_ = reinterpret_cast<float*>(memory += sizes[0]);
     tail_logits_ = reinterpret_cast<float*>(memory += sizes[1]);
     sums_of_values_ = reinterpret_cast<float*>(memory += sizes[2]);
-    tail_values_ = reinterpret_cast<Element*>(memory + sizes[3]);
+    merged_values_ = reinterpret_cast<float*>(memory += sizes[3]);
+    tail_values_ = reinterpret_cast<Element*>(memory + sizes[4]);
   }
 
   void run() {
@@ -63,25 +65,99 @@ class Attention {
     kernel_.begin(queries_);
     score_tail();
     copy_prefix_tail();
-    std::memset(sums_of_values_, 0, kMaxQueries * problem_.dim * sizeof(float));
-    for (int64_t i = 0; i < queries_; ++i) {
-      max_[i] = std::numeric_limits<float>::lowest();
-      sum_[i] = 0.0f;
+    // One round, unless vLLM would cut the rows of this task at different places.
+    uint64_t pending = (1ull << queries_) - 1;
+    while (pending != 0) {
+      const Cut cut = cut_of(row_of(__builtin_ctzll(pending)));
+      attend(cut);
+      for (int64_t i = 0; i < queries_; ++i) {
+        if ((pending >> i & 1) == 0 || !(cut_of(row_of(i)) == cut)) continue;
+        store(i);
+        pending &= ~(1ull << i);
+      }
     }
+    kernel_.end();
+  }
+
+ private:
+  // A key sequence is attended in pieces whose results are merged.
+  struct Cut {
+    int64_t piece;  // tokens in all pieces but the last
+    int64_t pieces;
+    bool operator==(const Cut&) const = default;
+  };
+
+  // For a single request vLLM's attention cuts the keys between its threads, unless
+  // they are few. That rounds probabilities differently, so it is done here as well.
+  Cut cut_of(int64_t row) const {
+    const int64_t threads = problem_.split_threads;
+    const int64_t length = whole_groups(prefix_ + steps_[row]);
+    const int64_t share = whole_groups(length / threads);
+    const int64_t least = Kernel::kLeastPiece;
+    const int64_t piece = share > least ? share : least;
+    int64_t pieces = 1;
+    for (int64_t rest = length; rest > share + least && pieces < threads;
+         rest -= piece) {
+      ++pieces;
+    }
+    return {pieces == 1 ? 0 : piece, pieces};
+  }
+
+  static int64_t whole_groups(int64_t tokens) {
+    return (tokens + kGroupTokens - 1) / kGroupTokens * kGroupTokens;
+  }
+
+  void attend(const Cut& cut) {
     // The root sees farthest to the left.
     int64_t begin = 0;
     if (problem_.window >= 0 && prefix_ + 1 > problem_.window) {
       begin = (prefix_ + 1 - problem_.window) / kGroupTokens * kGroupTokens;
     }
-    for (; begin < length_; begin += problem_.tile_tokens) {
-      const int64_t end = begin + problem_.tile_tokens;
-      attend_tile(begin, end < length_ ? end : length_);
+    for (int64_t piece = 0; piece < cut.pieces; ++piece) {
+      const bool last = piece == cut.pieces - 1;
+      attend_piece(begin, last ? length_ : begin + cut.piece);
+      merge(piece == 0);
+      begin += cut.piece;
     }
-    kernel_.end();
-    store();
   }
 
- private:
+  void attend_piece(int64_t begin, int64_t end) {
+    std::memset(sums_of_values_, 0, kMaxQueries * problem_.dim * sizeof(float));
+    for (int64_t i = 0; i < queries_; ++i) {
+      max_[i] = std::numeric_limits<float>::lowest();
+      sum_[i] = 0.0f;
+    }
+    for (; begin < end; begin += problem_.tile_tokens) {
+      const int64_t tile_end = begin + problem_.tile_tokens;
+      attend_tile(begin, tile_end < end ? tile_end : end);
+    }
+  }
+
+  // Adds a piece's sums to those of the pieces before it.
+  void merge(bool first) {
+    for (int64_t i = 0; i < queries_; ++i) {
+      const float* piece = sums_of_values_ + i * problem_.dim;
+      float* merged = merged_values_ + i * problem_.dim;
+      if (first) {
+        std::memcpy(merged, piece, problem_.dim * sizeof(float));
+        merged_max_[i] = max_[i];
+        merged_sum_[i] = sum_[i];
+        continue;
+      }
+      const bool keep = merged_max_[i] > max_[i];  // the larger maximum stays
+      const float factor = std::exp(keep ? max_[i] - merged_max_[i]
+                                         : merged_max_[i] - max_[i]);
+      merged_sum_[i] = keep ? merged_sum_[i] + factor * sum_[i]
+                            : factor * merged_sum_[i] + sum_[i];
+      merged_max_[i] = keep ? merged_max_[i] : max_[i];
+      for (int64_t d = 0; d < problem_.dim; d += 16) {
+        const f32x16 whole = load16((keep ? merged : piece) + d);
+        const f32x16 scaled = load16((keep ? piece : merged) + d);
+        store16(merged + d, multiply_add(scaled, broadcast(factor), whole));
+      }
+    }
+  }
+
   int64_t row_of(int64_t query) const {
     return (task_.first + query) / problem_.heads_per_kv;
   }
@@ -114,7 +190,7 @@ class Attention {
       steps_[row] = static_cast<uint8_t>(steps);
       longest = steps > longest ? steps : longest;
     }
-    length_ = (prefix_ + longest + kGroupTokens - 1) / kGroupTokens * kGroupTokens;
+    length_ = whole_groups(prefix_ + longest);
   }
 
   int64_t query_offset(int64_t query, int64_t token_stride,
@@ -313,16 +389,14 @@ class Attention {
     }
   }
 
-  void store() {
-    for (int64_t i = 0; i < queries_; ++i) {
-      Element* target = static_cast<Element*>(problem_.out) +
-                        query_offset(i, problem_.out_token_stride,
-                                     problem_.out_head_stride);
-      const float* values = sums_of_values_ + i * problem_.dim;
-      const float inverse = 1.0f / sum_[i];
-      for (int64_t d = 0; d < problem_.dim; d += 16) {
-        store16(target + d, load16(values + d) * inverse);
-      }
+  void store(int64_t query) {
+    Element* target = static_cast<Element*>(problem_.out) +
+                      query_offset(query, problem_.out_token_stride,
+                                   problem_.out_head_stride);
+    const float* values = merged_values_ + query * problem_.dim;
+    const float inverse = 1.0f / merged_sum_[query];
+    for (int64_t d = 0; d < problem_.dim; d += 16) {
+      store16(target + d, load16(values + d) * inverse);
     }
   }
 
@@ -337,11 +411,14 @@ class Attention {
   Query* query_;           // packed, scaled if the kernel wants so
   float* logits_;          // [kMaxQueries, tile_tokens]; then probabilities
   float* tail_logits_;     // [kMaxQueries, kTailTokens] in cache order
-  float* sums_of_values_;  // [kMaxQueries, D]
+  float* sums_of_values_;  // [kMaxQueries, D] of the current piece
+  float* merged_values_;   // [kMaxQueries, D] of all pieces so far
   Element* tail_values_;   // kTailTokens in the layout of a block's values
 
   float max_[kMaxQueries];
   float sum_[kMaxQueries];
+  float merged_max_[kMaxQueries];
+  float merged_sum_[kMaxQueries];
   uint8_t path_[kMaxTreeRows][kMaxTreeRows];
   uint8_t steps_[kMaxTreeRows];     // rows on the path
   uint8_t tail_row_[kMaxTreeRows];  // row whose value lies at this step, 0xff: none

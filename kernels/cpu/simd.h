@@ -3,7 +3,8 @@
 //
 // Included once per instruction set, each time into the namespace CLOVER2_ISA: with
 // AVX-512 switched on an operation is one instruction, without it the compiler splits
-// it. No header guard, therefore. The including file has included all system and
+// it. No header guard, therefore. CLOVER2_AVX512 is defined with AVX-512 (the compiler's
+// own macros do not follow its target pragma). The including file has included all system and
 // torch headers before it switched instructions on, so that no shared inline function
 // is compiled with instructions that other machines lack.
 
@@ -16,7 +17,7 @@ using u16x16 = uint16_t __attribute__((vector_size(32)));
 
 #define CLOVER2_INLINE inline __attribute__((always_inline))
 
-CLOVER2_INLINE f32x16 broadcast(float value) { return f32x16{} + value; }
+CLOVER2_INLINE f32x16 broadcast(float value) { return value - f32x16{}; }
 
 template <typename Vector>
 CLOVER2_INLINE Vector load(const void* source) {
@@ -36,8 +37,9 @@ CLOVER2_INLINE f32x16 load16(const BFloat16* source) {
 }
 
 CLOVER2_INLINE f32x16 load16(const Half* source) {
-#ifdef __AVX512F__
-  return _mm512_cvtph_ps(load<__m256i>(source));
+#ifdef CLOVER2_AVX512
+  // The form without mask reads an uninitialised register, as far as GCC can tell.
+  return _mm512_maskz_cvtph_ps(0xffff, load<__m256i>(source));
 #else
   f32x16 vector;
   for (int lane = 0; lane < 16; ++lane) vector[lane] = source[lane];
@@ -59,9 +61,9 @@ CLOVER2_INLINE void store16(BFloat16* target, const f32x16& vector) {
 }
 
 CLOVER2_INLINE void store16(Half* target, const f32x16& vector) {
-#ifdef __AVX512F__
-  const __m256i narrow = _mm512_cvtps_ph(
-      vector, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#ifdef CLOVER2_AVX512
+  const __m256i narrow = _mm512_maskz_cvtps_ph(
+      0xffff, vector, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   std::memcpy(target, &narrow, sizeof(narrow));
 #else
   for (int lane = 0; lane < 16; ++lane) target[lane] = Half(vector[lane]);
@@ -71,7 +73,7 @@ CLOVER2_INLINE void store16(Half* target, const f32x16& vector) {
 // a * b + c, rounded once where the machine can.
 CLOVER2_INLINE f32x16 multiply_add(const f32x16& a, const f32x16& b,
                                    const f32x16& c) {
-#ifdef __AVX512F__
+#ifdef CLOVER2_AVX512
   return _mm512_fmadd_ps(a, b, c);
 #else
   return a * b + c;

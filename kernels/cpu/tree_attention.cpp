@@ -42,6 +42,18 @@ int64_t tile_tokens(int64_t dim) {
   return std::max(tokens / kGroupTokens * kGroupTokens, 8 * kGroupTokens);
 }
 
+// vLLM divides the keys of one lone request between its threads, and of several
+// requests in ways that depend on all of them; only the first can be repeated here.
+// Not repeated either: head sizes for which it uses other groups (80, 112), windows.
+int64_t split_threads(const AttentionShape& shape, int64_t sliding_window) {
+  const char* enabled = std::getenv("VLLM_CPU_ATTN_SPLIT_KV");
+  const bool off = enabled != nullptr && std::strcmp(enabled, "0") == 0;
+  if (off || shape.requests != 1 || sliding_window >= 0 || shape.dim % 32 != 0) {
+    return 1;
+  }
+  return torch::stable::get_num_threads();
+}
+
 void check_rows(const AttentionProblem& problem, const Tensor& query,
                 const Tensor& ancestors, const Tensor& block_table,
                 int64_t request) {
@@ -221,7 +233,7 @@ void tree_attention(const Tensor& query,     // [tokens, heads, D]
       row_offsets.const_data_ptr<int32_t>(),
       ancestors.const_data_ptr<int64_t>(),
       shape.kv_heads, shape.heads / shape.kv_heads, shape.dim, shape.block_size,
-      tile_tokens(shape.dim), static_cast<float>(scale),
+      split_threads(shape, sliding_window), tile_tokens(shape.dim), static_cast<float>(scale),
       static_cast<float>(softcap), sliding_window, query.scalar_type(),
       static_cast<KVLayout>(layout)};
   check_layout(problem, kv_cache);

@@ -37,6 +37,7 @@ struct AttentionProblem {
   int64_t heads_per_kv;
   int64_t dim;
   int64_t block_size;
+  int64_t split_threads;  // between which vLLM would divide the keys; 1: it would not
   int64_t tile_tokens;  // tokens per round of online softmax, multiple of a group
   float scale;
   float softcap;   // 0: none

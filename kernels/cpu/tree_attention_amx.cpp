@@ -35,6 +35,7 @@ using torch::headeronly::ScalarType;
 }  // namespace clover2::cpu
 
   #define CLOVER2_ISA amx
+  #define CLOVER2_AVX512
   #include "simd.h"
   #include "attention.h"
 
@@ -58,6 +59,7 @@ struct AmxKernel {
   using Element = BFloat16;
   using Query = BFloat16;
   using Probability = BFloat16;
+  static constexpr int64_t kLeastPiece = 128;  // of keys, in vLLM's division
   static constexpr bool kScaleLogits = true;  // queries stay exact bf16 values
 
   explicit AmxKernel(int64_t dim) : dim(dim) {}

@@ -25,6 +25,7 @@ using torch::headeronly::ScalarType;
 }  // namespace clover2::cpu
 
   #define CLOVER2_ISA avx512
+  #define CLOVER2_AVX512
   #include "simd.h"
   #include "vec_kernel.h"
   #include "attention.h"

@@ -38,28 +38,22 @@ CLOVER2_INLINE void multiply_block(const float* a, int64_t lda,
   }
 }
 
-// multiply_block for any number of rows.
-template <int N, bool kAccumulate, typename Element>
+// As many rows as accumulators fit into registers.
+#ifdef CLOVER2_AVX512
+constexpr int kRowsAtOnce = 8;
+#else
+constexpr int kRowsAtOnce = 2;
+#endif
+
+// multiply_block for any number of rows: M at once, then M / 2, ..
+template <int N, bool kAccumulate, int M = kRowsAtOnce, typename Element>
 inline void multiply(int64_t rows, const float* a, int64_t lda, const Element* b,
                      int64_t ldb, int64_t depth, float* c, int64_t ldc) {
-  while (rows > 0) {
-    const int64_t done = rows >= 8 ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
-    switch (done) {
-      case 8:
-        multiply_block<8, N, kAccumulate>(a, lda, b, ldb, depth, c, ldc);
-        break;
-      case 4:
-        multiply_block<4, N, kAccumulate>(a, lda, b, ldb, depth, c, ldc);
-        break;
-      case 2:
-        multiply_block<2, N, kAccumulate>(a, lda, b, ldb, depth, c, ldc);
-        break;
-      default:
-        multiply_block<1, N, kAccumulate>(a, lda, b, ldb, depth, c, ldc);
-    }
-    rows -= done;
-    a += done * lda;
-    c += done * ldc;
+  for (; rows >= M; rows -= M, a += M * lda, c += M * ldc) {
+    multiply_block<M, N, kAccumulate>(a, lda, b, ldb, depth, c, ldc);
+  }
+  if constexpr (M > 1) {
+    multiply<N, kAccumulate, M / 2>(rows, a, lda, b, ldb, depth, c, ldc);
   }
 }
 
@@ -70,6 +64,7 @@ struct VecKernel {
   using Element = ElementType;
   using Query = float;         // packed queries
   using Probability = float;   // what the values are multiplied with
+  static constexpr int64_t kLeastPiece = 32;  // of keys, in vLLM's division
   static constexpr bool kScaleLogits = false;  // the packed queries are scaled
 
   explicit VecKernel(int64_t dim) : dim(dim) {}
