@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures for tests that run engines in their own process."""
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from engines import Engine, EnginePool, Output, Request
+from planting import CommitSpy, Planter
+from tiny_models import TinyModel, save_random_head, save_target
+
+TINY = TinyModel()
+
+
+@pytest.fixture(scope="session")
+def engines() -> Iterator[EnginePool]:
+    """Starts engines on demand; they share this process and its threads."""
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    pool = EnginePool()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        # One thread: tiny matrices gain nothing from two, and pinning threads to
+        # cores would fight with whatever else runs here.
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        set_num_threads(1)
+        yield pool
+        pool.shutdown()
+    torch.set_num_threads = set_num_threads  # vLLM's worker had disabled it
+    set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a tokenizer."""
+    return save_target(tmp_path_factory.mktemp("target"), TINY)
+
+
+@pytest.fixture(scope="session")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random head for ``target``."""
+    return save_random_head(tmp_path_factory.mktemp("head"), TINY)
+
+
+@pytest.fixture
+def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Planter]:
+    """Replaces the head's trees for one test; takes ``Planter``'s arguments."""
+
+    def install(seed: int, **options: object) -> Planter:
+        planter = Planter(seed, **options)
+        planter.install(monkeypatch.setattr)
+        print(planter)  # shown if the test fails
+        return planter
+
+    return install
+
+
+@pytest.fixture
+def commits(monkeypatch: pytest.MonkeyPatch) -> CommitSpy:
+    """What was accepted and moved during one test."""
+    spy = CommitSpy()
+    spy.install(monkeypatch.setattr)
+    return spy
+
+
+@pytest.fixture(scope="session")
+def plain(engines: EnginePool, target: Path) -> Engine:
+    """vLLM without speculation."""
+    return engines.get(target)
+
+
+class Baseline:
+    """Answers of plain vLLM, each computed once."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._known: dict[str, Output] = {}
+
+    def __call__(self, requests: list[Request]) -> list[Output]:
+        missing = {repr(r): r for r in requests if repr(r) not in self._known}
+        outputs = self._engine.run(list(missing.values()))
+        self._known.update(zip(missing, outputs, strict=True))
+        return [self._known[repr(request)] for request in requests]
+
+
+@pytest.fixture(scope="session")
+def baseline(plain: Engine) -> Baseline:
+    return Baseline(plain)
+
+
+def random_prompts(count: int, seed: int, longest: int = 100) -> list[Request]:
+    """Greedy requests with random prompts of 1 to ``longest`` tokens."""
+    rng = random.Random(seed)
+    return [
+        Request(tuple(rng.randrange(3, 512) for _ in range(rng.randint(1, longest))))
+        for _ in range(count)
+    ]

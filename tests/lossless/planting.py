@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafts that hold what the target will say.
+
+The trees of a random head are hardly ever accepted. Here the head's trees are replaced
+by random ones into which the plain run's tokens are planted, among siblings, decoys and
+duplicates, so that paths of all lengths and shapes are accepted, moved and trimmed.
+The plain run's tokens travel with the request, as ``SamplingParams.extra_args``.
+"""
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from engines import Output, Request
+
+from vllm_clover2 import ops
+from vllm_clover2.integration import runner as runner_module
+from vllm_clover2.integration.proposer import Clover2Proposer
+from vllm_clover2.integration.runner import Clover2RunnerMixin
+from vllm_clover2.tree.types import NO_TOKEN, GrownTrees
+
+TRUTH = "planted_truth"
+
+
+def with_truth(requests: list[Request], plain: list[Output]) -> list[Request]:
+    """The requests with the tokens that plain vLLM answered, for the planter."""
+    return [
+        request.replaced(extra_args={TRUTH: output.tokens})
+        for request, output in zip(requests, plain, strict=True)
+    ]
+
+
+@dataclass
+class Planter:
+    """Grows random trees, with the continuation planted where it is known."""
+
+    seed: int
+    depth: int = 5
+    vocab_size: int = 512
+    chain: bool = False
+    hit_rate: float = 0.35  # chance that the next node continues the true path
+    rng: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.seed)
+
+    def tree(self, truth: list[int], max_nodes: int) -> tuple[list[int], list[int]]:
+        """Tokens and parents (row numbers) of 1 to ``max_nodes`` nodes."""
+        rng, truth = self.rng, truth[: self.depth]
+        size = rng.randint(1, max_nodes)
+        if self.chain:
+            size = min(size, self.depth)
+        tokens: list[int] = []
+        parents: list[int] = []
+        depths = [0]
+        planted = planted_row = 0  # length of the true path so far, and its last row
+        while len(tokens) < size:
+            if planted < len(truth) and rng.random() < self.hit_rate:
+                parent, token = planted_row, truth[planted]
+            else:
+                open_rows = [r for r, depth in enumerate(depths) if depth < self.depth]
+                parent, token = rng.choice(open_rows), self._decoy(truth)
+            if self.chain:
+                parent = len(tokens)
+            if (
+                planted < len(truth)
+                and parent == planted_row
+                and token == truth[planted]
+            ):
+                planted, planted_row = planted + 1, len(tokens) + 1
+            tokens.append(token)
+            parents.append(parent)
+            depths.append(depths[parent] + 1)
+        return tokens, parents
+
+    def _decoy(self, truth: list[int]) -> int:
+        """A wrong token, often one that is right elsewhere; may repeat a sibling's."""
+        if truth and self.rng.random() < 0.3:
+            return self.rng.choice(truth)
+        return self.rng.randrange(self.vocab_size)
+
+    def grow(self, runner: Any, request_ids: list[str], max_nodes: int) -> GrownTrees:
+        """Trees for these requests, as the head would return them."""
+        trees = []
+        for request_id in request_ids:
+            request = runner.requests[request_id]
+            truth = (request.sampling_params.extra_args or {}).get(TRUTH, [])
+            trees.append(
+                self.tree(truth[len(request.output_token_ids) :], max_nodes)
+            )
+        sizes = torch.tensor([len(tokens) for tokens, _ in trees], dtype=torch.int32)
+        tokens = _padded([tokens for tokens, _ in trees], max_nodes, NO_TOKEN)
+        parents = _padded([parents for _, parents in trees], max_nodes, 0).int()
+        unused = torch.zeros(0)
+        return GrownTrees(tokens, parents, unused, unused, sizes)
+
+    def install(self, patch: Any) -> None:
+        """Replace the head's trees in every engine of this process.
+
+        ``patch`` sets attributes, like ``pytest.MonkeyPatch.setattr``.
+        """
+        planter, stock_grow = self, Clover2Proposer.grow
+        stock_propose = Clover2RunnerMixin.propose_draft_token_ids
+
+        def grow(proposer: Clover2Proposer, hidden: torch.Tensor) -> GrownTrees:
+            if planted_for is None:  # warm-up
+                return stock_grow(proposer, hidden)
+            assert len(planted_for[1]) == hidden.shape[0]
+            nodes = proposer.speculative_config.num_speculative_tokens
+            return planter.grow(*planted_for, nodes)
+
+        def propose(
+            runner: Any, scheduled: Any, sampled: list[list[int]], *rest: Any
+        ) -> Any:
+            nonlocal planted_for
+            rows = [i for i, tokens in enumerate(sampled) if tokens]
+            planted_for = runner, [runner.input_batch.req_ids[i] for i in rows]
+            try:
+                return stock_propose(runner, scheduled, sampled, *rest)
+            finally:
+                planted_for = None
+
+        planted_for: tuple[Any, list[str]] | None = None
+        patch(Clover2Proposer, "grow", grow)
+        patch(Clover2RunnerMixin, "propose_draft_token_ids", propose)
+
+
+@dataclass
+class CommitSpy:
+    """Counts what verification accepted, and the KV rows that had to move."""
+
+    paths: Counter[int] = field(default_factory=Counter)  # accepted length -> requests
+    moved: int = 0
+
+    @property
+    def accepted(self) -> int:
+        return sum(length * count for length, count in self.paths.items())
+
+    def install(self, patch: Any) -> None:
+        spy, stock = self, ops.commit_kv
+
+        class Ops:
+            """``ops`` as the runner sees it, with our ``commit_kv``."""
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(ops, name)
+
+            def commit_kv(
+                self,
+                caches: Any,
+                layout: Any,
+                block_table: torch.Tensor,
+                prefix_lens: torch.Tensor,
+                paths: torch.Tensor,
+                lengths: torch.Tensor,
+            ) -> None:
+                spy.paths.update(lengths.tolist())
+                in_place = torch.arange(1, paths.shape[1] + 1)
+                spy.moved += int(((paths >= 0) & (paths != in_place)).sum())
+                stock(caches, layout, block_table, prefix_lens, paths, lengths)
+
+        patch(runner_module, "ops", Ops())
+
+
+def _padded(rows: list[list[int]], width: int, fill: int) -> torch.Tensor:
+    """Lists of different lengths -> [rows, width] int64."""
+    return torch.tensor([row + [fill] * (width - len(row)) for row in rows])

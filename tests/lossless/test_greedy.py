@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy text in float32 is token for token that of plain vLLM."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from engine_fixtures import Baseline, random_prompts
+from engines import EnginePool, assert_same
+from planting import CommitSpy, Planter, with_truth
+
+DYNAMIC = {"num_speculative_tokens": 25}
+METHODS = {
+    "dynamic": DYNAMIC,
+    "static": {"tree": "static"},
+    "paths": {"tree": [[0], [1], [0, 0], [1, 0], [0, 0, 0]]},
+    "chain": {"tree": "chain", "num_speculative_tokens": 5},
+}
+
+
+@pytest.mark.parametrize("concurrency", [1, 8, 32])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_heads_own_drafts(
+    method: str,
+    concurrency: int,
+    engines: EnginePool,
+    target: Path,
+    head: Path,
+    baseline: Baseline,
+) -> None:
+    requests = random_prompts(120, seed=1)
+    if concurrency == 1:  # nearly nothing of a random head is accepted: slow
+        requests = requests[:12]
+    engine = engines.get(target, head, METHODS[method])
+    assert_same(baseline(requests), engine.run(requests, concurrency), requests)
+
+
+@pytest.mark.parametrize("concurrency", [1, 8, 32])
+@pytest.mark.parametrize("nodes", [1, 25, 63])
+def test_planted_trees(
+    nodes: int,
+    concurrency: int,
+    engines: EnginePool,
+    target: Path,
+    head: Path,
+    baseline: Baseline,
+    plant: Callable[..., Planter],
+    commits: CommitSpy,
+) -> None:
+    requests = random_prompts(120, seed=2)
+    if concurrency == 1:
+        requests = requests[:30]
+    expected = baseline(requests)
+    engine = engines.get(target, head, {"num_speculative_tokens": nodes})
+    plant(seed=nodes + concurrency)
+    actual = engine.run(with_truth(requests, expected), concurrency)
+    assert_same(expected, actual, requests)
+    assert commits.accepted > len(requests)
+    assert (commits.moved > len(requests)) == (nodes > 1)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Targets and heads with random weights, small enough to start an engine in a second.
+
+Weights are drawn wide, so that the target's choices are clear and its text depends on
+the whole context: a wrong position, mask or KV entry changes the text within tokens.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from vllm_clover2.model import Clover2Config, Clover2Model
+from vllm_clover2.model.weights import save_head
+
+REPO = Path(__file__).parents[2]
+BOS, EOS = 1, 2
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """Shape of a target; head_dim 32 is the smallest that vLLM's CPU attention has."""
+
+    vocab_size: int = 512
+    hidden_size: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    seed: int = 0
+    init: float = 0.3  # standard deviation of the weights
+
+
+def save_target(folder: Path, shape: TinyModel) -> Path:
+    """Write a Llama with a byte-level tokenizer to ``folder``, in float32."""
+    torch.manual_seed(shape.seed)
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=2 * shape.hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        initializer_range=shape.init,
+    )
+    LlamaForCausalLM(config).float().save_pretrained(folder)
+    if shape.vocab_size >= 300:
+        _tokenizer(shape.vocab_size).save_pretrained(folder)
+    return folder
+
+
+def save_random_head(folder: Path, shape: TinyModel, **changes: object) -> Path:
+    """Write a head for ``shape`` to ``folder``; ``changes`` override its config."""
+    torch.manual_seed(shape.seed + 1000)
+    sizes = {
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": 2 * shape.hidden_size,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "num_hidden_layers": 2,
+    }
+    model = Clover2Model(Clover2Config(**(sizes | changes)))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            is_norm = name.endswith("norm.weight")
+            weight.normal_(1.0 if is_norm else 0.0, 0.1)
+    ids = model.draft_vocab_ids
+    if ids is not None:
+        ids.copy_(torch.randperm(shape.vocab_size)[: len(ids)].sort().values)
+    save_head(model, folder, torch.float32)
+    return folder
+
+
+def _tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the licence's text; reads and writes any text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([(REPO / "LICENSE").read_text()], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=CHAT_TEMPLATE,
+    )
