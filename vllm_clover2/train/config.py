@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-__all__ = ["TrainConfig"]
+__all__ = ["EvaluateConfig", "TrainConfig"]
 
 
 class TrainConfig(BaseModel):
@@ -79,3 +79,24 @@ class TrainConfig(BaseModel):
         if self.value_weight == 0 and self.prob_weight == 0:
             raise ValueError("value_weight and prob_weight must not both be 0")
         return self
+
+
+class EvaluateConfig(BaseModel):
+    """Settings of an offline evaluation."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    target: str = Field(description="target model: a folder or a hub name")
+    head: Path = Field(description="folder of the head")
+    answers: Path = Field(description="greedy answers of the target")
+    trees: list[str] = Field(
+        ["chain:5", "paper", "dynamic:25", "dynamic:60"],
+        min_length=1,
+        description="chain:DEPTH, paper (25 nodes), dynamic:NODES[:DEPTH]",
+    )
+    max_answers: int | None = Field(None, ge=1, description="first answers only")
+    max_length: int = Field(4096, ge=4, description="longer answers are cut")
+    max_tokens: int = Field(16384, ge=2, description="padded tokens a batch")
+    precision: Literal["bf16", "fp32"] = "bf16"
+    threads: int | None = Field(None, ge=1, description="CPU threads")
+    output: Path | None = Field(None, description="JSON file to write")

@@ -88,8 +88,9 @@ class Trainer:
             config.validation_fraction
         )
         if config.max_answers is not None:
-            first = self.train_indices < config.max_answers
-            self.train_indices = self.train_indices[first]
+            limit = config.max_answers
+            self.train_indices = self.train_indices[self.train_indices < limit]
+            self.val_indices = self.val_indices[self.val_indices < limit]
         if not len(self.val_indices):
             raise ValueError(
                 f"no answer fell into the validation share "
@@ -338,7 +339,7 @@ class Trainer:
             "step": float(self.step),
             "epoch": float(epoch),
             "lr": self.scheduler.get_last_lr()[0],
-            "loss": float(result.loss),
+            "loss": float(result.loss.detach()),
             "seconds_per_step": seconds,
         }
         for name, values in (

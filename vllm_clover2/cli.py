@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-clover2 COMMAND`: train, generate, evaluate, convert, heads.
+
+Options of the larger commands are generated from their pydantic settings.
+Imports are made by the command that needs them, so that `heads list` is quick.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+import vllm_clover2
+
+__all__ = ["main"]
+
+
+def _add_option(parser: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
+    """One `--option` for one field; pydantic converts and checks the strings."""
+    options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
+    text = (field.description or "").replace("%", "%%")
+    if not field.is_required():
+        text += f" (default: {field.default})"
+    options |= {"help": text.strip(), "required": field.is_required()}
+    if field.annotation is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif get_origin(field.annotation) is list:
+        options["nargs"] = "+"
+    if field.annotation is not bool:
+        options["metavar"] = name.rsplit("_", 1)[-1].upper()
+    parser.add_argument("--" + name.replace("_", "-"), **options)
+
+
+def _settings_command(
+    commands: Any,  # argparse's sub-parser action, which has no public type
+    name: str,
+    settings: type[BaseModel],
+    summary: str,
+) -> None:
+    parser = commands.add_parser(name, help=summary, description=summary)
+    for field_name, field in settings.model_fields.items():
+        _add_option(parser, field_name, field)
+    parser.set_defaults(settings=settings)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from vllm_clover2.train.config import EvaluateConfig, TrainConfig
+    from vllm_clover2.train.generate import GenerateConfig
+
+    parser = argparse.ArgumentParser(prog="vllm-clover2", description=__doc__)
+    parser.add_argument(
+        "--version", action="version", version=vllm_clover2.__version__
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    _settings_command(
+        commands, "generate", GenerateConfig, "let the target answer prompts"
+    )
+    _settings_command(commands, "train", TrainConfig, "train a draft head")
+    _settings_command(
+        commands, "evaluate", EvaluateConfig, "replay a head on recorded answers"
+    )
+    convert = commands.add_parser(
+        "convert", help="convert a checkpoint of the original Clover-2 project"
+    )
+    convert.add_argument("weights", type=Path, help="state dict, .safetensors or .bin")
+    convert.add_argument("output", type=Path, help="folder to write the head to")
+    convert.add_argument("--config", type=Path, help="default: beside the weights")
+    convert.add_argument("--target", help="check the head against this model")
+    heads = commands.add_parser("heads", help="which head belongs to which target")
+    actions = heads.add_subparsers(dest="action", required=True)
+    add = actions.add_parser("add", help="remember the head for a target")
+    add.add_argument("target", help="as given to vLLM: a name or a folder")
+    add.add_argument("folder", type=Path, help="the head's folder")
+    actions.add_parser("list", help="show the heads that are known")
+    actions.add_parser("remove", help="forget a head").add_argument("target")
+    return parser
+
+
+def _run_heads(arguments: argparse.Namespace) -> None:
+    from vllm_clover2 import heads
+
+    if arguments.action == "add":
+        head = heads.add_head(arguments.target, arguments.folder)
+        print(f"{head.target} -> {head.folder}")
+    elif arguments.action == "remove":
+        heads.remove_head(arguments.target)
+    else:
+        known = heads.known_heads()
+        for head in known:
+            origin = "ships with the project" if head.shipped else "added"
+            print(f"{head.target} -> {head.folder} ({origin})")
+        if not known:
+            print("no heads are known; add one with `vllm-clover2 heads add`")
+
+
+def _run_convert(arguments: argparse.Namespace) -> None:
+    from vllm_clover2.train.convert import convert
+
+    report = convert(
+        arguments.weights, arguments.output, arguments.config, arguments.target
+    )
+    print(report)
+    print(f"wrote {arguments.output}")
+
+
+def _run_settings(command: str, settings: BaseModel) -> None:
+    from vllm_clover2.train.config import EvaluateConfig, TrainConfig
+    from vllm_clover2.train.generate import GenerateConfig, generate
+
+    if isinstance(settings, GenerateConfig):
+        print(f"wrote {generate(settings)}")
+    elif isinstance(settings, TrainConfig):
+        from vllm_clover2.train.loop import train
+
+        print(f"the head is in {train(settings)}")
+    elif isinstance(settings, EvaluateConfig):
+        from vllm_clover2.train.evaluate import evaluate
+
+        print(json.dumps(evaluate(settings), indent=1))
+    else:
+        raise AssertionError(command)
+
+
+def _settings_of(arguments: argparse.Namespace) -> BaseModel:
+    values = {
+        name: getattr(arguments, name)
+        for name in arguments.settings.model_fields
+        if hasattr(arguments, name)
+    }
+    try:
+        return arguments.settings(**values)
+    except ValidationError as error:
+        problems = [
+            f"--{'-'.join(str(part) for part in problem['loc']).replace('_', '-')}: "
+            f"{problem['msg']}"
+            for problem in error.errors()
+        ]
+        raise ValueError("; ".join(problems)) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; expected failures become one line on stderr and status 1."""
+    arguments = _parser().parse_args(argv)
+    try:
+        if arguments.command == "heads":
+            _run_heads(arguments)
+        elif arguments.command == "convert":
+            _run_convert(arguments)
+        else:
+            _run_settings(arguments.command, _settings_of(arguments))
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"vllm-clover2: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

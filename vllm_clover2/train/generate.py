@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The target answers prompts through vLLM; token ids are kept for training."""
+
+import gzip
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["GenerateConfig", "generate", "temperature_of"]
+
+
+class GenerateConfig(BaseModel):
+    """Settings of `vllm-clover2 generate`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    target: str = Field(description="target model: a folder or a hub name")
+    prompts: Path = Field(description="JSON lines with id and messages")
+    output: Path = Field(description="answers file to write (.jsonl or .jsonl.gz)")
+    temperatures: list[float] = Field(
+        [0.0, 0.0, 0.7, 1.0],
+        min_length=1,
+        description="each prompt gets one of these, by a hash of its id",
+    )
+    max_new_tokens: int = Field(256, ge=1)
+    max_model_len: int = Field(2048, ge=2)
+    limit: int | None = Field(None, ge=1, description="use the first prompts only")
+    chunk: int = Field(256, ge=1, description="prompts between two saves")
+    dtype: str = "bfloat16"
+    seed: int = 0
+
+
+def temperature_of(prompt_id: str, temperatures: list[float]) -> float:
+    """The temperature of a prompt: fixed by its id, so that resuming is exact."""
+    return temperatures[zlib.crc32(prompt_id.encode()) % len(temperatures)]
+
+
+def _read_prompts(path: Path, limit: int | None) -> list[dict[str, Any]]:
+    prompts = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            record["messages"][0]["content"]  # noqa: B018 - must be there
+        except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: expected an object with a non-empty "
+                f"'messages' list, got {line[:60]!r}"
+            ) from error
+        record["id"] = str(record.get("id", number))
+        prompts.append(record)
+    if len({record["id"] for record in prompts}) != len(prompts):
+        raise ValueError(f"the ids in {path} must be unique")
+    return prompts[:limit]
+
+
+def _resume(working: Path) -> set[str]:
+    """Ids that are answered already; an unfinished last line is cut off."""
+    if not working.exists():
+        return set()
+    content = working.read_bytes()
+    complete = content[: content.rfind(b"\n") + 1]
+    if len(complete) < len(content):
+        os.truncate(working, len(complete))
+    return {json.loads(line)["id"] for line in complete.splitlines()}
+
+
+def generate(config: GenerateConfig) -> Path:
+    """Answer every prompt; continues where an earlier, stopped call was.
+
+    Answers are appended to `OUTPUT.partial` chunk by chunk; the output file
+    appears when all are there.
+    """
+    # Only this command needs the engine, and only through its public interface.
+    from vllm import LLM
+
+    if config.output.exists():
+        raise ValueError(f"{config.output} exists; delete it or choose another name")
+    prompts = _read_prompts(config.prompts, config.limit)
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    working = config.output.with_name(config.output.name + ".partial")
+    done = _resume(working)
+    waiting = [record for record in prompts if record["id"] not in done]
+    if waiting:
+        llm = LLM(
+            model=config.target,
+            dtype=config.dtype,
+            max_model_len=config.max_model_len,
+            seed=config.seed,
+        )
+        with working.open("a", encoding="utf-8") as stream:
+            for start in range(0, len(waiting), config.chunk):
+                for answer in _answer(
+                    llm, waiting[start : start + config.chunk], config
+                ):
+                    stream.write(json.dumps(answer) + "\n")
+                stream.flush()
+    _finish(working, config.output)
+    return config.output
+
+
+def _answer(
+    llm: Any,  # vllm.LLM
+    prompts: list[dict[str, Any]],
+    config: GenerateConfig,
+) -> list[dict[str, Any]]:
+    from vllm import SamplingParams
+
+    temperatures = [temperature_of(p["id"], config.temperatures) for p in prompts]
+    params = [
+        SamplingParams(
+            temperature=temperature,
+            max_tokens=config.max_new_tokens,
+            seed=config.seed + zlib.crc32(prompt["id"].encode()),
+        )
+        for prompt, temperature in zip(prompts, temperatures, strict=True)
+    ]
+    outputs = llm.chat([prompt["messages"] for prompt in prompts], params)
+    return [
+        {
+            "id": prompt["id"],
+            "task": prompt.get("task", ""),
+            "temperature": temperature,
+            "finish_reason": output.outputs[0].finish_reason,
+            "prompt_token_ids": list(output.prompt_token_ids),
+            "output_token_ids": list(output.outputs[0].token_ids),
+        }
+        for prompt, temperature, output in zip(
+            prompts, temperatures, outputs, strict=True
+        )
+    ]
+
+
+def _finish(working: Path, output: Path) -> None:
+    if output.suffix != ".gz":
+        os.replace(working, output)
+        return
+    packed = output.with_name(output.name + ".packing")
+    with working.open("rb") as source, gzip.open(packed, "wb") as sink:
+        shutil.copyfileobj(source, sink)
+    os.replace(packed, output)
+    working.unlink()
