@@ -8,6 +8,11 @@ import pytest
 
 REPO = Path(__file__).parents[1]
 
+# Read when OpenMP is loaded, so before torch. Threads that spin while they wait make
+# an engine ten times slower as soon as anything else runs on the machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
 
 def existing(path: Path, what: str, variable: str) -> Path:
     """`path`, or a skip that says what is missing and how to supply it."""
