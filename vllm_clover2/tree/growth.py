@@ -100,15 +100,15 @@ def grow_dynamic(
             state.flatten(0, 1), tokens[-1].gather(1, frontier).flatten()
         )
         children = _likeliest(draft, log_probs, tree.top_k)
-        below = _apply_token_rule(children, tree).view(requests, -1, width)
+        below = _apply_token_rule(children, tree).view(requests, width, width)
         above = joint[-1].gather(1, frontier)
         parents.append((frontier + base).repeat_interleave(width, dim=1))
         base += joint[-1].shape[1]
         joint.append((above[:, :, None] + below).flatten(1))
-        tokens.append(children.tokens.view(requests, -1))
+        tokens.append(children.tokens.view(requests, width * width))
         # The next level's frontier, and for each the row of ``state`` it grew from.
         frontier = joint[-1].topk(width, dim=1).indices
-        grown = state.view(requests, -1, state.shape[-1])
+        grown = state.view(requests, width, state.shape[-1])
         row = (frontier // width)[:, :, None].expand(-1, -1, grown.shape[-1])
         state = grown.gather(1, row)
     return _best(torch.cat(tokens, 1), torch.cat(joint, 1), torch.cat(parents, 1), tree)
@@ -211,20 +211,22 @@ def grow_static(
     requests, device = hidden.shape[0], hidden.device
     tokens: list[torch.Tensor] = []
     joint: list[torch.Tensor] = []
+    state, log_probs = draft.first(hidden)
+    above = log_probs.new_zeros((requests, 1), dtype=torch.float32)
+    rows = 1  # of every request, in ``state``
     for level in _levels(shape, device):
-        if not tokens:
-            state, log_probs = draft.first(hidden)
-            above = log_probs.new_zeros((requests, 1), dtype=torch.float32)
-        else:
-            states = state.view(requests, -1, hidden.shape[1])[:, level.source]
+        if tokens:
+            states = state.view(requests, rows, state.shape[-1])[:, level.source]
             state, log_probs = draft.advance(
                 states.flatten(0, 1), tokens[-1][:, level.grown].flatten()
             )
             above = joint[-1][:, level.grown]
+            rows = len(level.grown)
         children = _likeliest(draft, log_probs, level.top_k)
         pick = level.row * level.top_k + level.rank
-        tokens.append(children.tokens.view(requests, -1)[:, pick])
-        below = children.log_probs.view(requests, -1)[:, pick]
+        all_children = (requests, rows * level.top_k)
+        tokens.append(children.tokens.view(all_children)[:, pick])
+        below = children.log_probs.view(all_children)[:, pick]
         joint.append(above[:, level.row] + below)
     parents, depths = _static_rows(shape, device)
     sizes = torch.full((requests,), shape.num_nodes, dtype=torch.int32, device=device)

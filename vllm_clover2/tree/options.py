@@ -24,6 +24,9 @@ class TreeOptions(pydantic.BaseModel):
     top_k: int = pydantic.Field(8, ge=1, le=MAX_NODES)
     depth: int = pydantic.Field(5, ge=1, le=MAX_NODES)
     top_p: float = pydantic.Field(1.0, gt=0.0, le=1.0)
+    # Dynamic trees only: verify fewer nodes where they cost more than they yield (see
+    # tree.budget). Off: always num_speculative_tokens, if the tree has as many.
+    adaptive: bool = True
 
     @pydantic.model_validator(mode="after")
     def _check_size(self) -> Self:

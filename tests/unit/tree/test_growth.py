@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Growing trees against a search over single paths."""
+
+import math
+
+import pytest
+import torch
+
+from vllm_clover2.tree import (
+    DynamicTree,
+    TreeBatch,
+    TreeShape,
+    chain,
+    grow_dynamic,
+    grow_static,
+    paper_tree,
+)
+
+
+def distribution(draft, hidden, path):
+    """Log-probabilities after a path of tokens of one request, without batching."""
+    state, log_probs = draft.first(hidden[None])
+    for token in path:
+        state, log_probs = draft.advance(state, torch.tensor([token]))
+    return log_probs[0]
+
+
+def ranked_children(draft, hidden, path, count):
+    """(token, log-probability) of the likeliest children of a path."""
+    log_probs = distribution(draft, hidden, path)
+    order = sorted(range(len(log_probs)), key=lambda i: -log_probs[i].item())[:count]
+    return [(int(draft.ids[i]), log_probs[i].item()) for i in order]
+
+
+def kept_children(draft, hidden, path, tree):
+    """The children that Clover-1's token rule keeps."""
+    kept, mass = [], 0.0
+    children = ranked_children(draft, hidden, path, tree.top_k)
+    for token, log_prob in children:
+        likely = math.exp(log_prob) >= tree.min_ratio * math.exp(children[0][1])
+        if kept and not (likely and (mass < tree.top_p or tree.top_p == 1.0)):
+            break
+        kept.append((token, log_prob))
+        mass += math.exp(log_prob)
+    return kept
+
+
+def best_paths(draft, hidden, tree):
+    """{path: joint log-probability} of the best nodes, by searching path by path."""
+    found, level = {}, {(): 0.0}
+    for _ in range(tree.depth):
+        below = {
+            (*path, token): joint + log_prob
+            for path, joint in level.items()
+            for token, log_prob in kept_children(draft, hidden, path, tree)
+        }
+        found |= below
+        best = sorted(below, key=lambda path: -below[path])[: tree.top_k]
+        level = {path: below[path] for path in best}
+    best = sorted(found, key=lambda path: -found[path])[: tree.num_nodes]
+    return {path: found[path] for path in best}
+
+
+def paths_of(grown, request):
+    """{path of tokens: joint} of a grown tree, in row order."""
+    paths, result = [()], {}
+    for node in range(int(grown.sizes[request])):
+        parent = int(grown.parents[request, node])
+        assert parent <= node  # rows: node i is row i + 1
+        path = (*paths[parent], int(grown.tokens[request, node]))
+        assert len(path) == int(grown.depths[request, node])
+        paths.append(path)
+        result[path] = grown.joint[request, node].item()
+    assert len(result) == len(paths) - 1  # no path twice
+    return result
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        DynamicTree(25),
+        DynamicTree(63, top_k=4, depth=6),
+        DynamicTree(9, top_p=0.6, min_ratio=0.1),
+        DynamicTree(12, top_k=1, depth=12),
+        DynamicTree(5, depth=1),
+        DynamicTree(40, min_ratio=0.0),
+    ],
+    ids=["default", "large", "top-p", "chain", "one-level", "no-ratio"],
+)
+def test_dynamic_tree_is_the_best(toy_draft, hidden, tree) -> None:
+    grown = grow_dynamic(toy_draft, hidden, tree)
+    for request in range(len(hidden)):
+        expected = best_paths(toy_draft, hidden[request], tree)
+        actual = paths_of(grown, request)
+        assert list(actual) == list(expected)
+        assert list(actual.values()) == pytest.approx(list(expected.values()), abs=1e-5)
+
+
+def test_dynamic_prefixes_are_the_best_smaller_trees(toy_draft, hidden) -> None:
+    whole = grow_dynamic(toy_draft, hidden, DynamicTree(25))
+    for nodes in (1, 7, 24):
+        cut = grow_dynamic(toy_draft, hidden, DynamicTree(nodes))
+        for name in ("tokens", "parents", "depths", "joint"):
+            assert torch.equal(getattr(cut, name), getattr(whole, name)[:, :nodes])
+
+
+def test_padding_after_the_last_node(toy_draft, hidden) -> None:
+    grown = grow_dynamic(toy_draft, hidden, DynamicTree(63, min_ratio=0.9))
+    assert grown.sizes.min() < 63
+    for request, size in enumerate(grown.sizes.tolist()):
+        assert torch.all(grown.tokens[request, size:] == -1)
+        assert torch.all(grown.parents[request, size:] == 0)
+        assert torch.all(grown.joint[request, size:] == -torch.inf)
+    batch = TreeBatch.from_padded(grown.tokens, grown.parents, grown.sizes)
+    assert batch.num_rows == int(grown.sizes.sum()) + len(hidden)
+    valid = [row[:size] for row, size in zip(grown.depths, grown.sizes)]
+    expected = torch.cat([torch.cat((torch.zeros(1).int(), row)) for row in valid])
+    assert torch.equal(batch.depths, expected)
+
+
+class CertainDraft:
+    """Every node has a child of probability 1: all joint probabilities are equal."""
+
+    def first(self, hidden):
+        log_probs = torch.full((len(hidden), 6), -torch.inf)
+        log_probs[:, 3] = 0.0
+        return hidden, log_probs
+
+    def advance(self, state, tokens):
+        return self.first(state)
+
+    def token_ids(self, draft_ids):
+        return draft_ids
+
+
+def test_equal_probabilities_keep_parents_first() -> None:
+    grown = grow_dynamic(CertainDraft(), torch.zeros(2, 4), DynamicTree(10, depth=7))
+    assert grown.sizes.tolist() == [7, 7]
+    assert grown.parents[0, :7].tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert grown.depths[0, :7].tolist() == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_figure_of_the_token_rule() -> None:
+    """The Clover-1 figure: top-p 0.8 keeps two of .5 .3 .1 .05 .05."""
+
+    class Figure(CertainDraft):
+        def first(self, hidden):
+            probs = torch.tensor([0.5, 0.3, 0.1, 0.05, 0.05])
+            return hidden, probs.log().expand(len(hidden), -1)
+
+    tree = DynamicTree(5, top_k=5, depth=1, top_p=0.79)
+    grown = grow_dynamic(Figure(), torch.zeros(1, 4), tree)
+    assert grown.tokens[0, : grown.sizes[0]].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        paper_tree(),
+        chain(1),
+        chain(7),
+        TreeShape.from_paths([[2], [0], [2, 1], [2, 1, 0], [0, 3]]),
+    ],
+    ids=["paper", "one", "chain", "gaps"],
+)
+def test_static_tree_takes_the_ranks_of_its_paths(toy_draft, hidden, shape) -> None:
+    grown = grow_static(toy_draft, hidden, shape)
+    assert grown.sizes.tolist() == [shape.num_nodes] * len(hidden)
+    for request in range(len(hidden)):
+        expected = {}
+        for ranks in shape.paths:
+            path, joint = (), 0.0
+            for rank in ranks:
+                children = ranked_children(toy_draft, hidden[request], path, rank + 1)
+                path, joint = (*path, children[rank][0]), joint + children[rank][1]
+            expected[path] = joint
+        actual = paths_of(grown, request)
+        assert list(actual) == list(expected)
+        assert list(actual.values()) == pytest.approx(list(expected.values()), abs=1e-5)
+
+
+def test_no_requests(toy_draft, hidden) -> None:
+    for grown in (
+        grow_dynamic(toy_draft, hidden[:0], DynamicTree(25)),
+        grow_static(toy_draft, hidden[:0], paper_tree()),
+    ):
+        assert grown.tokens.shape == (0, 25)
+        assert grown.sizes.numel() == 0
