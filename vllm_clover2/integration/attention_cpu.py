@@ -10,10 +10,12 @@ from vllm_clover2.integration.attention import TreeAttentionMixin
 
 
 class TreeCPUAttentionImpl(TreeAttentionMixin, CPUAttentionBackendImpl):
-    pass
+    """``CPU_ATTN`` that sends the rows of trees to our kernel."""
 
 
 class TreeCPUAttentionBackend(CPUAttentionBackend):
+    """``CPU_ATTN`` with trees; keeps its name, by which vLLM looks it up."""
+
     @staticmethod
     def get_impl_cls() -> type[TreeCPUAttentionImpl]:
         return TreeCPUAttentionImpl

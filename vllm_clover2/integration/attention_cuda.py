@@ -23,10 +23,12 @@ from vllm_clover2.integration.attention import TreeAttentionMixin
 
 
 class TreeFlashAttentionImpl(TreeAttentionMixin, FlashAttentionImpl):
-    pass
+    """``FLASH_ATTN`` that sends the rows of trees to our kernel."""
 
 
 class TreeFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
+    """``FLASH_ATTN``'s, outside CUDA graphs."""
+
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
 
     @classmethod
@@ -35,6 +37,8 @@ class TreeFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
 
 
 class TreeFlashAttentionBackend(FlashAttentionBackend):
+    """``FLASH_ATTN`` with trees; keeps its name, by which vLLM looks it up."""
+
     @staticmethod
     def get_impl_cls() -> type[TreeFlashAttentionImpl]:
         return TreeFlashAttentionImpl
@@ -45,10 +49,12 @@ class TreeFlashAttentionBackend(FlashAttentionBackend):
 
 
 class TreeTritonAttentionImpl(TreeAttentionMixin, TritonAttentionImpl):
-    pass
+    """``TRITON_ATTN`` that sends the rows of trees to our kernel."""
 
 
 class TreeTritonAttentionMetadataBuilder(TritonAttentionMetadataBuilder):
+    """``TRITON_ATTN``'s, outside CUDA graphs."""
+
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
 
     @classmethod
@@ -57,6 +63,8 @@ class TreeTritonAttentionMetadataBuilder(TritonAttentionMetadataBuilder):
 
 
 class TreeTritonAttentionBackend(TritonAttentionBackend):
+    """``TRITON_ATTN`` with trees; keeps its name, by which vLLM looks it up."""
+
     @staticmethod
     def get_impl_cls() -> type[TreeTritonAttentionImpl]:
         return TreeTritonAttentionImpl

@@ -1,18 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the draft: the augmenting block over committed rows, then tree growth."""
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
 
+from vllm_clover2.tree.budget import sizes_worth_verifying, step_seconds
 from vllm_clover2.tree.growth import GrownTrees, grow_dynamic, grow_static
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,7 @@ class Clover2Proposer(EagleProposer):
             self._dynamic_tree = self.options.dynamic_tree()
         else:
             self._static_shape = self.options.static_shape()
+        self.step_seconds: torch.Tensor | None = None  # by rows, see measure_step
 
     def _maybe_share_embeddings(self, target_language_model: nn.Module) -> None:
         self.model.bind_target(target_language_model)
@@ -85,11 +94,8 @@ class Clover2Proposer(EagleProposer):
     ) -> torch.Tensor:
         """Append the draft's KV of the committed rows.
 
-        Args:
-            block_size: tokens in one entry of the step's block table.
-
-        Returns:
-            "g" of the last committed row of every request, [num_reqs, hidden].
+        ``block_size`` is the number of tokens in one entry of the step's block table.
+        Returns "g" of the last committed row of every request, [num_reqs, hidden].
 
         """
         to_device = self._to_device
@@ -115,9 +121,36 @@ class Clover2Proposer(EagleProposer):
 
     def grow(self, hidden: torch.Tensor) -> GrownTrees:
         """Trees below the roots whose augmented states are ``hidden`` [n, hidden]."""
-        if self.options.tree == "dynamic":
-            return grow_dynamic(self.model, hidden, self._dynamic_tree)
-        return grow_static(self.model, hidden, self._static_shape)
+        if self.options.tree != "dynamic":
+            return _of_first_rank(grow_static(self.model, hidden, self._static_shape))
+        trees = grow_dynamic(self.model, hidden, self._dynamic_tree)
+        if self.step_seconds is not None:
+            sizes = sizes_worth_verifying(trees, self.step_seconds)
+            trees = trees._replace(sizes=sizes)
+        return _of_first_rank(trees)
+
+    def measure_step(self, pass_rows: Callable[[int], Any]) -> None:
+        """Measure what a step costs by its rows, for adaptive trees.
+
+        ``pass_rows`` runs the target over so many rows, output head included.
+        """
+        if self.options.tree != "dynamic" or not self.options.adaptive:
+            return
+        rows = [n for n in (1, 4, 16, 64, 256) if n <= self.max_num_tokens]
+        if len(rows) < 2:
+            return
+        draft = _median_seconds(lambda: self.grow(self.hidden_states[:1]))
+        seconds = torch.tensor([draft + _median_seconds(pass_rows, n) for n in rows])
+        seconds = get_tp_group().broadcast(seconds.to(self.device))
+        table = step_seconds(rows, seconds.tolist(), self.max_num_tokens)
+        self.step_seconds = table.to(self.device)
+        logger.info(
+            "clover2: a step takes %s",
+            ", ".join(
+                f"{1e3 * float(table[n]):.1f} ms over {n} row{'s'[: n > 1]}"
+                for n in rows
+            ),
+        )
 
     def _attention_metadata(
         self,
@@ -160,3 +193,27 @@ class Clover2Proposer(EagleProposer):
         if self.device.type == "cpu":
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def _of_first_rank(trees: GrownTrees) -> GrownTrees:
+    """The trees of tensor-parallel rank 0.
+
+    The scheduler tells every rank the drafted tokens but not their parents, and the
+    last bit of an all-reduce may differ between ranks; a tie broken differently would
+    give them different trees.
+    """
+    group = get_tp_group()
+    if group.world_size == 1:
+        return trees
+    return GrownTrees(*(group.broadcast(part.contiguous()) for part in trees))
+
+
+def _median_seconds(run: Callable[..., Any], *args: Any) -> float:
+    """Median time of three runs after a first one; waits for the device."""
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        run(*args)
+        torch.accelerator.synchronize()
+        times.append(time.perf_counter() - start)
+    return median(times[1:])

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import get_layers_from_vllm_config
+from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 
@@ -88,6 +89,20 @@ class Clover2RunnerMixin:
             # Its rows follow requests, not drafts: we sample level by level, and
             # requests with a budget are not drafted for.
             holder.in_spec_mode = False
+
+    @torch.inference_mode()
+    def measure_step(self) -> None:
+        """Let the drafter learn what a step costs; call once, after warm-up."""
+
+        def pass_rows(num_rows: int) -> None:
+            with set_forward_context(None, self.vllm_config, num_tokens=num_rows):
+                hidden_states, _ = self._model_forward(
+                    input_ids=self.input_ids.gpu[:num_rows],
+                    positions=self.positions[:num_rows],
+                )
+            self.model.compute_logits(hidden_states)
+
+        self.drafter.measure_step(pass_rows)
 
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
         # The stock test stops drafting for the whole batch, for good, once any
@@ -270,8 +285,18 @@ class Clover2RunnerMixin:
             rows, requests, positions, counts, next_tokens.astype(np.int64)
         )
 
-    # Telemetry
+
+class Clover2WorkerMixin:
+    """What our CPU and CUDA workers add to vLLM's."""
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        self.model_runner.measure_step()
+        return times
 
     def clover2_stats(self) -> dict[str, int]:
-        """How often a request got less than its tree, by reason."""
-        return dict(self.drafts.counts)
+        """How often a request got less than its tree, by reason.
+
+        For ``LLM.collective_rpc("clover2_stats")``.
+        """
+        return dict(self.model_runner.drafts.counts)

@@ -50,6 +50,8 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
     """Levels of the tree."""
     top_p: float | None = None
     """Nucleus mass that a node's children must lie in (dynamic tree)."""
+    adaptive: bool | None = None
+    """Verify fewer nodes where they cost more than they yield (dynamic tree)."""
 
     def __post_init__(self) -> Any:
         self.num_speculative_tokens = self.tree_options().num_nodes

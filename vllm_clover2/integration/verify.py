@@ -41,9 +41,11 @@ class DraftStore:
         self.counts: Counter[str] = Counter()
 
     def put(self, request_id: str, draft: Draft) -> None:
+        """Remember a draft until it is verified or replaced."""
         self._drafts[request_id] = draft
 
     def drop(self, request_id: str) -> None:
+        """Forget the request's draft, if any."""
         self._drafts.pop(request_id, None)
 
     def scheduled(
@@ -96,6 +98,7 @@ class VerifyBatch:
 
     @property
     def num_requests(self) -> int:
+        """Requests in the batch, those in the middle of their prompt included."""
         return len(self.root_positions)
 
     @classmethod

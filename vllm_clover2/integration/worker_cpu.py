@@ -8,14 +8,16 @@ parts of ``torch.cuda`` when it is imported.
 from vllm.v1.worker import cpu_worker
 
 from vllm_clover2.integration.attention import register_tree_backends
-from vllm_clover2.integration.runner import Clover2RunnerMixin
+from vllm_clover2.integration.runner import Clover2RunnerMixin, Clover2WorkerMixin
 
 
 class Clover2CPUModelRunner(Clover2RunnerMixin, cpu_worker.CPUModelRunner):
-    pass
+    """Model Runner V1 with Clover-2."""
 
 
-class Clover2CPUWorker(cpu_worker.CPUWorker):
+class Clover2CPUWorker(Clover2WorkerMixin, cpu_worker.CPUWorker):
+    """``CPUWorker`` that builds our model runner."""
+
     def init_device(self) -> None:
         """As the stock method, which has no hook for the runner's class."""
         register_tree_backends()
@@ -25,7 +27,3 @@ class Clover2CPUWorker(cpu_worker.CPUWorker):
             super().init_device()
         finally:
             cpu_worker.CPUModelRunner = stock
-
-    def clover2_stats(self) -> dict[str, int]:
-        """See ``Clover2RunnerMixin``; for ``LLM.collective_rpc("clover2_stats")``."""
-        return self.model_runner.clover2_stats()
