@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answer a dozen prompts without and with Clover-2, in one run, and compare.
+
+    python examples/demo.py [--concurrency 8] [--prompts FILE] [--methods none clover2]
+
+Each method runs in an engine of its own, in a fresh process. Rounds of the methods
+take turns, so that a busy machine is busy for all of them; figures are medians over
+the rounds. Tables go to the terminal, all figures to ``build/demo.json``.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from demo_engine import METHODS, Engine, EngineOptions
+from demo_report import provenance, show, summarise
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import TimeElapsedColumn as Elapsed
+
+HERE = Path(__file__).parent
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    option = parser.add_argument
+    option(
+        "--prompts",
+        type=Path,
+        default=HERE / "prompts.jsonl",
+        help="JSON lines with `messages` and, if wanted, `task`",
+    )
+    option("--concurrency", type=int, default=1, help="requests in flight")
+    option("--max-tokens", type=int, default=128, help="longest answer")
+    option("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    option(
+        "--methods",
+        nargs="+",
+        default=["none", "clover2_chain", "clover2"],
+        choices=list(METHODS),
+        help="'none' is vLLM without speculation, 'clover2' the dynamic tree",
+    )
+    option("--repeats", type=int, default=3, help="rounds per method")
+    option("--target", type=Path, default=Path("build/SmolLM2-135M-Instruct"))
+    option("--head", type=Path, default=HERE / "heads" / "smollm2-135m-instruct")
+    option(
+        "--num-speculative-tokens",
+        type=int,
+        help="nodes of the trees (the method's own default if left out)",
+    )
+    option("--output", type=Path, default=Path("build/demo.json"))
+    args = parser.parse_args()
+    # The others are compared with it, and it comes first.
+    args.methods = ["none", *(name for name in args.methods if name != "none")]
+    return args
+
+
+def read_prompts(path: Path) -> list[dict]:
+    """Prompts with `messages` and `task`."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    prompts = [{"task": "all"} | json.loads(line) for line in lines if line.strip()]
+    if not prompts or not all(prompt.get("messages") for prompt in prompts):
+        raise ValueError(
+            f"{path} must hold one JSON object with `messages` on each line, "
+            f"found {len(prompts)} lines, some without."
+        )
+    return prompts
+
+
+def run(args: argparse.Namespace, prompts: list[dict], progress: Progress) -> dict:
+    """Start the engines, then let each answer all prompts `repeats` times.
+
+    Returns:
+        For each method its rounds, see `Engine.answer`.
+    """
+    options = EngineOptions(
+        target=str(args.target),
+        head=str(args.head),
+        dtype=args.dtype,
+        concurrency=args.concurrency,
+        max_tokens=args.max_tokens,
+        num_speculative_tokens=args.num_speculative_tokens,
+    )
+    bars = {
+        method: progress.add_task(METHODS[method].title, total=None, note="waiting")
+        for method in args.methods
+    }
+    engines: dict[str, Engine] = {}
+    rounds: dict[str, list] = {method: [] for method in args.methods}
+    try:
+        for method, bar in bars.items():
+            progress.update(bar, note="loading the model")
+            log = args.output.with_name(f"demo-{method}.log")
+            engines[method] = Engine(method, options, log)
+            progress.update(bar, note="ready", total=args.repeats * len(prompts))
+        for number in range(1, args.repeats + 1):
+            for method, engine in engines.items():
+                note = f"round {number} of {args.repeats}"
+                progress.update(bars[method], note=note)
+                conversations = [prompt["messages"] for prompt in prompts]
+                finished = progress.tasks[bars[method]].completed
+                for done in engine.answer(conversations):
+                    progress.update(bars[method], completed=finished + done)
+                rounds[method].append(engine.last_round)
+                speed = engine.last_round.tokens_per_second
+                progress.update(bars[method], note=f"{note}: {speed:.1f} tokens/s")
+    finally:
+        for engine in engines.values():
+            engine.close()
+    return rounds
+
+
+def main() -> None:
+    """Run, print the tables, write the figures."""
+    args = parse_args()
+    prompts = read_prompts(args.prompts)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[note]}"),
+        Elapsed(),
+    )
+    console.print(
+        f"{len(prompts)} prompts, {args.concurrency} in flight, {args.dtype}, at most "
+        f"{args.max_tokens} tokens each, {args.repeats} rounds"
+    )
+    with Progress(*columns, console=console) as progress:
+        rounds = run(args, prompts, progress)
+    figures = {
+        "methods": summarise(prompts, rounds),
+        "options": {name: str(value) for name, value in vars(args).items()},
+        "provenance": provenance(shlex.join(["python", *sys.argv])),
+    }
+    args.output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    show(console, figures["methods"])
+    console.print(f"All figures: {args.output}")
+
+
+if __name__ == "__main__":
+    main()
