@@ -232,7 +232,9 @@ def print_timings(copy: float, timings: list[Timing]) -> None:
     print(f"\ncopy bandwidth {copy:.0f} GB/s (bytes read plus written)")
     print(f"{'what':58} {'how':9} {'us':>9} {'GB/s':>7} {'of copy':>8}")
     for one in timings:
-        line = f"{one.what:58} {one.how:9} {one.microseconds:9.1f}"
+        line = f"{one.what:58} {one.how:9}"
+        if one.microseconds is not None:
+            line += f" {one.microseconds:9.1f}"
         if one.gigabytes_per_second is not None and one.of_copy is not None:
             line += f" {one.gigabytes_per_second:7.0f} {one.of_copy:8.0%}"
         print(f"{line} {one.note}".rstrip())

@@ -7,7 +7,7 @@ inputs stay out of the numbers.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 
 import torch
@@ -75,11 +75,10 @@ class Timing:
 
     what: str
     how: str
-    microseconds: float
+    microseconds: float | None  # None: it could not run, see note
     gigabytes_per_second: float | None = None
     of_copy: float | None = None  # fraction of the copy bandwidth
     note: str = ""
-    extra: dict[str, float] = field(default_factory=dict)
 
 
 def time_calls(calls: list[Callable[[], object]]) -> float:
@@ -245,7 +244,7 @@ def time_attention(work: Workload, copy: float) -> list[Timing]:
             taken = time_calls(make())
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            results.append(Timing(work.name, how, float("nan"), note=reason[:70]))
+            results.append(Timing(work.name, how, None, note=reason[:70]))
             torch.cuda.synchronize()
             continue
         rate = work.bytes / taken / 1e3
