@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""After any number of rounds the caches are those of a fresh pass over the text."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from engine_fixtures import Baseline, random_prompts
+from engines import Engine, EnginePool, first_difference
+from planting import CommitSpy, Planter, with_truth
+from transformers import LlamaForCausalLM
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+
+from vllm_clover2 import ops
+from vllm_clover2.integration import runner as runner_module
+from vllm_clover2.integration.attention import kv_layout
+from vllm_clover2.model import DraftCache
+from vllm_clover2.model.weights import load_head
+from vllm_clover2.ops.layout import read_tokens
+
+# float32 sums of a few hundred terms of size 1, in another order, four layers deep.
+TOLERANCE = 2e-4
+
+
+def cached_kv(engine: Engine, request_id: str) -> dict[str, torch.Tensor]:
+    """K and V [2, positions, heads, D] of a running request, by layer."""
+    runner = engine.runner
+    (key,) = (i for i in runner.requests if i.startswith(request_id))
+    request = runner.requests[key]
+    layers = get_layers_from_vllm_config(runner.vllm_config, Attention)
+    (blocks,) = request.block_ids  # one KV cache group
+    positions = torch.arange(request.num_tokens - 1)  # the last token has no KV yet
+    block_size = engine.llm.llm_engine.vllm_config.cache_config.block_size
+    slots = torch.tensor(blocks)[positions // block_size] * block_size
+    slots += positions % block_size
+    return {
+        name: torch.stack(read_tokens(layer.kv_cache, kv_layout(layer), slots))
+        for name, layer in layers.items()
+    }
+
+
+def text_of(engine: Engine, request_id: str) -> list[int]:
+    requests = engine.runner.requests
+    (key,) = (i for i in requests if i.startswith(request_id))
+    return [*requests[key].prompt_token_ids, *requests[key].output_token_ids]
+
+
+@pytest.fixture
+def clean(engines: EnginePool) -> Iterator[Callable[[Engine], None]]:
+    """Leaves no running request behind in a shared engine."""
+    used: list[Engine] = []
+    yield used.append
+    for engine in used:
+        while engine.busy:
+            engine.step()
+
+
+@pytest.mark.parametrize("budget", [2048, 64], ids=["whole-prompts", "chunked"])
+def test_caches_equal_those_of_a_fresh_pass(
+    budget: int,
+    engines: EnginePool,
+    target: Path,
+    head: Path,
+    baseline: Baseline,
+    plant: Callable[..., Planter],
+    commits: CommitSpy,
+    clean: Callable[[Engine], None],
+) -> None:
+    requests = [r.replaced(max_tokens=90) for r in random_prompts(6, seed=70)]
+    options = {"block_size": 32, "max_num_batched_tokens": budget}
+    if budget == 64:
+        options["max_num_seqs"] = 8
+    engine = engines.get(target, head, **options)
+    fresh = engines.get(target, enable_prefix_caching=False)
+    clean(engine)
+    clean(fresh)
+    plant(seed=70)
+    ids = [engine.add(r) for r in with_truth(requests, baseline(requests))]
+    while commits.paths.total() < 8 * len(ids):  # verified trees
+        engine.step()
+    assert commits.moved > 20
+    draft_layers = engine.runner.drafter._draft_attn_layer_names
+    compared = 0
+    for request_id in ids:
+        if not any(i.startswith(request_id) for i in engine.runner.requests):
+            continue  # finished
+        text = text_of(engine, request_id)
+        ours = cached_kv(engine, request_id)
+        expected = fresh_kv(fresh, text, requests[0])
+        for name, kv in expected.items():
+            torch.testing.assert_close(ours[name], kv, atol=TOLERANCE, rtol=TOLERANCE)
+        draft = recomputed_draft_kv(target, head, text)
+        assert len(draft) == len(draft_layers) == 2
+        for name, kv in zip(sorted(draft_layers), draft, strict=True):
+            torch.testing.assert_close(ours[name], kv, atol=TOLERANCE, rtol=TOLERANCE)
+        compared += 1
+    assert compared >= 3
+
+
+def fresh_kv(engine: Engine, text: list[int], like: object) -> dict[str, torch.Tensor]:
+    """KV of ``text`` without its last token, computed in one prefill."""
+    request_id = engine.add(
+        type(like)(tuple(text[:-1]), {"max_tokens": 2})
+    )
+    engine.step()
+    kv = cached_kv(engine, request_id)
+    engine.abort(request_id)
+    return kv
+
+
+@torch.inference_mode()
+def recomputed_draft_kv(
+    target: Path, head: Path, text: list[int]
+) -> list[torch.Tensor]:
+    """K and V [2, positions, heads, D] of every draft layer, by the plain model."""
+    model = LlamaForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    hidden: list[torch.Tensor] = []
+    model.model.norm.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
+    tokens = torch.tensor([text])
+    model(tokens[:, :-1])
+    cache = DraftCache()
+    embeddings = model.lm_head.weight[tokens[:, 1:]]
+    load_head(head).augment(hidden[0], embeddings, cache=cache)
+    return [
+        torch.stack([key[0].transpose(0, 1), value[0].transpose(0, 1)])
+        for key, value in zip(cache.keys, cache.values, strict=True)
+    ]
+
+
+def test_without_commit_the_text_differs(
+    engines: EnginePool,
+    target: Path,
+    head: Path,
+    baseline: Baseline,
+    plant: Callable[..., Planter],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Negative control: the lossless tests do see a missing move."""
+
+    class OpsWithoutCommit:
+        def __getattr__(self, name: str) -> object:
+            return getattr(ops, name)
+
+        def commit_kv(self, *args: object) -> None:
+            pass
+
+    monkeypatch.setattr(runner_module, "ops", OpsWithoutCommit())
+    requests = random_prompts(8, seed=71)
+    expected = baseline(requests)
+    # Without prefix caching: the wrong blocks must not reach other tests.
+    engine = engines.get(target, head, enable_prefix_caching=False)
+    plant(seed=71)
+    actual = engine.run(with_truth(requests, expected))
+    left_at = [
+        first_difference(plain.tokens, ours.tokens)
+        for plain, ours in zip(expected, actual, strict=True)
+        if plain.tokens != ours.tokens
+    ]
+    assert len(left_at) >= 6
+    assert min(left_at) < 20
