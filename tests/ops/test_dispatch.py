@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registration: schemas, fakes, which implementation runs, refusals."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from paging import page_requests, random_batch
+
+from vllm_clover2 import ops
+from vllm_clover2.ops import KVLayout
+
+
+def attention_arguments() -> dict:
+    generator = torch.Generator().manual_seed(0)
+    paged = page_requests([40, 9], 2, 32, 32, KVLayout.VEC, torch.float32, generator)
+    trees = random_batch([6, 3], generator)
+    query = torch.randn(9, 4, 32, generator=generator)
+    return {
+        "query": query,
+        "kv_cache": paged.cache,
+        "layout": int(KVLayout.VEC),
+        "block_table": paged.block_table,
+        "prefix_lens": torch.tensor([34, 6], dtype=torch.int32),
+        "query_starts": trees.row_offsets[:-1].clone(),
+        "row_offsets": trees.row_offsets,
+        "ancestors": trees.ancestors,
+        "scale": 0.2,
+        "softcap": 0.0,
+        "sliding_window": -1,
+        "out": torch.zeros_like(query),
+    }
+
+
+def accept_arguments() -> dict:
+    trees = random_batch([6, 3], torch.Generator().manual_seed(0))
+    return {
+        "target_tokens": torch.ones(9, dtype=torch.int64),
+        "draft_tokens": trees.tokens,
+        "parents": trees.parents,
+        "row_offsets": trees.row_offsets,
+        "max_depth": 5,
+    }
+
+
+def commit_arguments() -> dict:
+    return {
+        "kv_caches": [torch.randn(4, 2, 32, 64) for _ in range(2)],
+        "layout": int(KVLayout.VEC),
+        "block_table": torch.tensor([[0, 1], [2, 3]], dtype=torch.int32),
+        "prefix_lens": torch.tensor([30, 5], dtype=torch.int32),
+        "paths": torch.tensor([[2, 5, -1], [1, 3, 4]], dtype=torch.int32),
+        "lengths": torch.tensor([2, 3], dtype=torch.int32),
+    }
+
+
+ARGUMENTS = {
+    "tree_attention": attention_arguments,
+    "tree_accept": accept_arguments,
+    "commit_kv": commit_arguments,
+}
+
+
+@pytest.mark.parametrize("name", list(ARGUMENTS))
+def test_opcheck(name: str) -> None:
+    op = getattr(torch.ops.clover2, name).default
+    result = torch.library.opcheck(op, (), ARGUMENTS[name]())
+    assert set(result.values()) == {"SUCCESS"}, result
+
+
+def test_compiled_kernels_are_registered() -> None:
+    assert ops.library_path() is not None, "build the ops first (make test does)"
+    assert ops.backend("cpu") == "native"
+    assert ops.backend("meta") == "reference"
+
+
+# Only the compiled kernels check their arguments: the message proves that they ran.
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("tree_attention", {"ancestors": torch.full((9,), 3)}, "ancestors of row 0"),
+        (
+            "tree_attention",
+            {"prefix_lens": torch.tensor([34, 94], dtype=torch.int32)},
+            "request 1 needs 97 positions",
+        ),
+        (
+            "tree_attention",
+            {"query_starts": torch.tensor([4, 0], dtype=torch.int32)},
+            "exceed the 9 tokens",
+        ),
+        ("tree_attention", {"query": torch.zeros(9, 4, 16)}, "query must be"),
+        ("tree_attention", {"layout": 3}, "layout must be"),
+        ("tree_attention", {"layout": 2}, "AMX layout needs bfloat16"),
+        ("tree_accept", {"parents": torch.zeros(9).long()}, "parents must be int32"),
+        ("tree_accept", {"max_depth": -1}, "must not be negative"),
+        (
+            "commit_kv",
+            {"lengths": torch.tensor([2, 4], dtype=torch.int32)},
+            "between 0 and 3",
+        ),
+        (
+            "commit_kv",
+            {"prefix_lens": torch.tensor([62, 5], dtype=torch.int32)},
+            "beyond the 2 blocks",
+        ),
+        (
+            "commit_kv",
+            {"kv_caches": [torch.zeros(4, 2, 32, 64), torch.zeros(4, 2, 32, 32)]},
+            "one shape",
+        ),
+    ],
+)
+def test_native_kernels_check_their_arguments(name, changes, message) -> None:
+    arguments = ARGUMENTS[name]() | changes
+    with pytest.raises(RuntimeError, match=message):
+        getattr(torch.ops.clover2, name)(**arguments)
+
+
+def test_reference_on_request() -> None:
+    """In a process of its own: the library stays loaded once it is."""
+    code = "from vllm_clover2 import ops; print(ops.backend('cpu'))"
+    for value, expected in (("reference", "reference"), ("", "native")):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"CLOVER2_OPS": value},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.strip() == expected
+
+
+def test_wrappers_call_the_ops() -> None:
+    arguments = attention_arguments()
+    by_op = arguments | {"out": torch.zeros_like(arguments["out"])}
+    torch.ops.clover2.tree_attention(**by_op)
+    ops.tree_attention(**arguments | {"layout": KVLayout.VEC})
+    assert torch.equal(arguments["out"], by_op["out"])
+    assert arguments["out"].abs().sum() > 0
+    ours = ops.tree_accept(**accept_arguments())
+    theirs = torch.ops.clover2.tree_accept(**accept_arguments())
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+    moved = commit_arguments()
+    before = [cache.clone() for cache in moved["kv_caches"]]
+    ops.commit_kv(**moved | {"layout": KVLayout.VEC})
+    assert not any(torch.equal(a, b) for a, b in zip(moved["kv_caches"], before))
