@@ -159,6 +159,7 @@ void tree_attention(const Tensor& query, const Tensor& kv_cache, int64_t layout,
                              static_cast<int>(shape.dim)) == 1,
                   "the head size must be 64, 80, 96, 128 or 256, found ",
                   shape.dim);
+  STD_TORCH_CHECK(scale > 0.0, "scale must be positive, found ", scale);
   check_requests(shape.requests);
   if (ancestors.size(0) == 0 || shape.requests == 0) return;
   check_attention_device(query, kv_cache, block_table, prefix_lens, query_starts,

@@ -44,6 +44,13 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return result;
 }
 
+// 1 / x, 1 ulp; infinity gives 0.
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // Memory of the block whose size is given at launch, 16-byte aligned.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
   extern __shared__ __align__(16) unsigned char memory[];

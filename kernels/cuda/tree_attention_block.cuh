@@ -51,10 +51,11 @@ __device__ __forceinline__ BlockWork find_work(const TreeAttentionParams& p,
   return work;
 }
 
-// Offset of a key in the cache, for this block's KV head left out; -1 beyond the last.
+// Offset of a key in the cache, within a KV head; 0 for keys beyond the last, which must
+// not be looked up.
 __device__ __forceinline__ int64_t find_key(const TreeAttentionParams& p,
                                             const BlockWork& work, int key) {
-  if (key >= work.num_keys) return -1;
+  if (key >= work.num_keys) return 0;
   return key_offset(p.block_table + work.request * p.block_table_stride, key,
                     p.block_size, p.cache_block_stride, p.cache_slot_stride);
 }
@@ -100,21 +101,18 @@ __device__ __forceinline__ RowView find_view(const TreeAttentionParams& p,
                   p.sliding_window);
 }
 
-// Scores are in base 2, so that softmax is a plain exp2. Without a cap a score is the dot
-// product times scale * log2(e). With one it is cap * tanh(..): 1 - 2 / (e^2x + 1) is
-// exact to 1e-7 of the cap, also where e^2x overflows.
-__device__ __forceinline__ float capped_score(const TreeAttentionParams& p,
-                                              float dot) {
+// With a soft-cap, a dot product becomes the one whose plain score, dot * scale, is
+// cap * tanh(dot * scale / cap). tanh x = 1 - 2 / (e^2x + 1) is exact to 1e-7, also where
+// e^2x overflows.
+__device__ __forceinline__ float capped_dot(const TreeAttentionParams& p,
+                                            float dot) {
   const float squared = exp2_fast(dot * p.scale * (2.0f * kLog2E / p.softcap));
-  return (1.0f - 2.0f / (squared + 1.0f)) * (p.softcap * kLog2E);
+  const float tanh = 1.0f - 2.0f * reciprocal_fast(squared + 1.0f);
+  return tanh * (p.softcap / p.scale);
 }
 
-__device__ __forceinline__ float base2_score(const TreeAttentionParams& p,
-                                             float dot) {
-  return p.softcap > 0.0f ? capped_score(p, dot) : dot * (p.scale * kLog2E);
-}
-
-// Running softmax of one row: new maximum, and the factor for what was summed before.
+// Running softmax of one row, in base 2: scores are dot products times scale * log2(e).
+// The new maximum, and the factor for what was summed before.
 struct SoftmaxStep {
   float max;
   float base;  // what to subtract from scores: finite also if no key was seen yet

@@ -34,20 +34,19 @@ struct FmaLayout {
                                 8 * kStageCount * kKeys;
 };
 
-// Copies `rows` rows of kColumns floats, each from offset(row), zeros where that is
-// negative.
+// Copies `rows` rows of kColumns floats from offset(row); rows from `valid` on are zeros.
 template <int kColumns, typename Offset>
 __device__ __forceinline__ void copy_rows(const float* from, Offset offset,
-                                          int rows, int pitch, float* to) {
+                                          int rows, int valid, int pitch,
+                                          float* to) {
   constexpr int kCopies = kColumns / 4;
   for (int i = static_cast<int>(threadIdx.x); i < rows * kCopies;
        i += kFmaThreads) {
     const int row = i / kCopies;
     const int column = i % kCopies * 4;
-    const int64_t start = offset(row);
-    const bool valid = start >= 0;
-    copy_16_async(to + row * pitch + column,
-                  from + (valid ? start + column : 0), valid);
+    const int64_t start = row < valid ? offset(row) : 0;
+    copy_16_async(to + row * pitch + column, from + start + column,
+                  row < valid);
   }
 }
 
@@ -128,20 +127,20 @@ struct FmaRows {
 #pragma unroll
       for (int j = 0; j < kKeys; ++j) {
         const int key = first_key + lane() + j * kFmaLanes;
-        scores[i][j] = key < work.num_keys && sees(view[i], key, work.prefix)
-                           ? base2_score(p, scores[i][j])
-                           : -INFINITY;
+        if (p.softcap > 0.0f) scores[i][j] = capped_dot(p, scores[i][j]);
+        if (!sees(view[i], key, work.prefix)) scores[i][j] = -INFINITY;
         tile_max = fmaxf(tile_max, scores[i][j]);
       }
       for (int mask = 1; mask < kFmaLanes; mask *= 2) {
         tile_max = fmaxf(tile_max, shuffle_xor(tile_max, mask));
       }
-      const SoftmaxStep step = softmax_step(max[i], tile_max);
+      const float scale = p.scale * kLog2E;
+      const SoftmaxStep step = softmax_step(max[i], tile_max * scale);
       max[i] = step.max;
       sum[i] *= step.rescale;
 #pragma unroll
       for (int j = 0; j < kKeys; ++j) {
-        const float probability = exp2_fast(scores[i][j] - step.base);
+        const float probability = exp2_fast(fmaf(scores[i][j], scale, -step.base));
         sum[i] += probability;
         shared[tile_row(i) * Layout::kScorePitch + lane() + j * kFmaLanes] =
             probability;
@@ -233,26 +232,25 @@ __global__ void __launch_bounds__(kFmaThreads)
   rows.start(p, work);
   copy_rows<kHeadDim>(
       static_cast<const float*>(p.query),
-      [&](int m) -> int64_t {
-        return m < work.tile_rows ? find_query(p, work, m) : -1;
-      },
-      Layout::kRows, Layout::kQueryPitch, queries);
-  const auto copy_tile = [&](int stage) {
+      [&](int m) { return find_query(p, work, m); }, Layout::kRows,
+      work.tile_rows, Layout::kQueryPitch, queries);
+  const auto copy_tile = [&](int tile, int stage) {
     copy_rows<2 * kHeadDim>(
         cache,
         [&](int key) { return offsets[stage * Layout::kKeys + key]; },
-        Layout::kKeys, Layout::kPitch, stages + stage * Layout::kStage);
+        Layout::kKeys, work.num_keys - tile * Layout::kKeys, Layout::kPitch,
+        stages + stage * Layout::kStage);
   };
   __syncthreads();  // the offsets are there
-  copy_tile(0);
+  copy_tile(work.first_tile, 0);
 
   // Stages and offsets change hands as in the tensor-core kernel.
   for (int tile = work.first_tile; tile < work.end_tile; ++tile) {
     const int stage = (tile - work.first_tile) % Layout::kStageCount;
     wait_copies();
     __syncthreads();
-    if (tile + 1 < work.end_tile) copy_tile(1 - stage);
-    int64_t offset = -1;
+    if (tile + 1 < work.end_tile) copy_tile(tile + 1, 1 - stage);
+    int64_t offset = 0;
     if (finds_keys) {
       offset = find_key(
           p, work, (tile + Layout::kStageCount) * Layout::kKeys + thread);

@@ -62,23 +62,30 @@ __device__ __forceinline__ void copy_queries(const TreeAttentionParams& p,
   }
 }
 
+// Copies K and V of the tile's first `num_keys` keys and zeros the others, since 0 times
+// whatever lies there could be NaN. A thread keeps its columns over all keys, so that a
+// copy costs little more than adding the key's offset.
 template <int kHeadDim>
 __device__ __forceinline__ void copy_tile(const uint16_t* cache,
-                                          const int64_t* offsets,
+                                          const int64_t* offsets, int num_keys,
                                           uint16_t* stage) {
   using Layout = MmaLayout<kHeadDim>;
   constexpr int kCopies = 2 * kHeadDim / kCopyElements;  // K and V lie side by side
-  const int threads = static_cast<int>(blockDim.x);
+  constexpr int kWarpKeys = kCopies <= kWarpSize / 2 ? 2 : 1;
+  constexpr int kLanes = kWarpSize / kWarpKeys;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int step = static_cast<int>(blockDim.x) / kLanes;
+#pragma unroll
+  for (int first = 0; first < kCopies; first += kLanes) {
+    const int copy = first + thread % kLanes;
+    if (copy >= kCopies) continue;
+    const uint16_t* from = cache + copy * kCopyElements;
+    uint16_t* to = stage + copy * kCopyElements;
 #pragma unroll 4
-  for (int i = static_cast<int>(threadIdx.x); i < Layout::kKeys * kCopies;
-       i += threads) {
-    const int key = i / kCopies;
-    const int column = i % kCopies * kCopyElements;
-    const int64_t offset = offsets[key];
-    // Keys beyond the last are zeros: 0 x whatever lies there could be NaN.
-    const bool valid = offset >= 0;
-    copy_16_async(stage + key * Layout::kPitch + column,
-                  cache + (valid ? offset + column : 0), valid);
+    for (int key = thread / kLanes; key < Layout::kKeys; key += step) {
+      copy_16_async(to + key * Layout::kPitch, from + offsets[key],
+                    key < num_keys);
+    }
   }
 }
 
@@ -139,20 +146,15 @@ struct MmaRows {
     }
   }
 
-  // Dot products of the tile that begins at key `first_key` become scores; keys that a
-  // row does not see become -infinity.
+  // Caps the dot products of the tile that begins at key `first_key`, if there is a cap,
+  // and makes those of keys that a row does not see -infinity.
   __device__ __forceinline__ void mask(const TreeAttentionParams& p,
                                        const BlockWork& work, int first_key,
                                        float (&scores)[kScoreTiles][4]) {
     if (p.softcap > 0.0f) {
 #pragma unroll
       for (int i = 0; i < kScoreTiles * 4; ++i) {
-        scores[i / 4][i % 4] = capped_score(p, scores[i / 4][i % 4]);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kScoreTiles * 4; ++i) {
-        scores[i / 4][i % 4] *= p.scale * kLog2E;
+        scores[i / 4][i % 4] = capped_dot(p, scores[i / 4][i % 4]);
       }
     }
     // Most tiles are prefix that every row sees.
@@ -167,8 +169,9 @@ struct MmaRows {
     }
   }
 
-  // Scores become probabilities relative to the running maximum.
-  __device__ __forceinline__ void softmax(float (&scores)[kScoreTiles][4]) {
+  // Dot products times `scale` become probabilities relative to the running maximum.
+  __device__ __forceinline__ void softmax(float scale,
+                                          float (&scores)[kScoreTiles][4]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float tile_max = -INFINITY;
@@ -178,13 +181,13 @@ struct MmaRows {
       }
       tile_max = fmaxf(tile_max, shuffle_xor(tile_max, 1));
       tile_max = fmaxf(tile_max, shuffle_xor(tile_max, 2));
-      const SoftmaxStep step = softmax_step(max[half], tile_max);
+      const SoftmaxStep step = softmax_step(max[half], tile_max * scale);
       max[half] = step.max;
       float tile_sum = 0.0f;
 #pragma unroll
       for (int i = 0; i < kScoreTiles * 2; ++i) {
         float& score = scores[i / 2][2 * half + i % 2];
-        score = exp2_fast(score - step.base);
+        score = exp2_fast(fmaf(score, scale, -step.base));
         tile_sum += score;
       }
       sum[half] = sum[half] * step.rescale + tile_sum;
@@ -286,7 +289,8 @@ __global__ void __launch_bounds__(kMaxMmaWarps * kWarpSize, kHeadDim > 128 ? 1 :
   rows.start(p, work, first_row);
   copy_queries<kHeadDim>(p, work, queries);
   __syncthreads();  // the offsets are there
-  copy_tile<kHeadDim>(cache, offsets, stages);
+  copy_tile<kHeadDim>(cache, offsets,
+                      work.num_keys - work.first_tile * Layout::kKeys, stages);
 
   for (int tile = work.first_tile; tile < work.end_tile; ++tile) {
     const int stage = (tile - work.first_tile) % kStages;
@@ -296,11 +300,12 @@ __global__ void __launch_bounds__(kMaxMmaWarps * kWarpSize, kHeadDim > 128 ? 1 :
     __syncthreads();
     if (tile + 1 < work.end_tile) {
       copy_tile<kHeadDim>(cache, offsets + other * Layout::kKeys,
+                          work.num_keys - (tile + 1) * Layout::kKeys,
                           stages + other * Layout::kStage);
     }
     // Looked up one tile ahead of the copy, and stored after the products, so that
     // nobody waits for the block table.
-    int64_t offset = -1;
+    int64_t offset = 0;
     if (finds_keys) {
       offset = find_key(p, work, (tile + kStages) * Layout::kKeys + thread);
     }
@@ -310,7 +315,7 @@ __global__ void __launch_bounds__(kMaxMmaWarps * kWarpSize, kHeadDim > 128 ? 1 :
       rows.multiply_keys(queries + first_row * Layout::kQueryPitch, keys,
                          scores);
       rows.mask(p, work, tile * Layout::kKeys, scores);
-      rows.softmax(scores);
+      rows.softmax(p.scale * kLog2E, scores);
       rows.multiply_values(keys + kHeadDim, scores);
     }
     // This stage's offsets were last read before this tile's barrier.

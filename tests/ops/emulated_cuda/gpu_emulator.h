@@ -261,6 +261,7 @@ inline unsigned ballot(bool predicate) {
 inline void sync_warp() { emulator::wait(emulator::State::kAtWarpBarrier); }
 inline int lowest_bit(unsigned word) { return __builtin_ctz(word); }
 inline float exp2_fast(float x) { return exp2f(x); }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
 inline unsigned char* dynamic_shared() { return emulator::block.shared_begin; }
 
 inline void copy_16_async(void* shared, const void* global, bool valid) {
