@@ -30,6 +30,9 @@ class TrainConfig(BaseModel):
     init_layers: Literal["last", "first", "random"] = Field(
         "last", description="target layers that the augmenting layers start from"
     )
+    init_recurrence: Literal["scaled", "reference"] = Field(
+        "scaled", description="add tokens at the size of the states, or as the original"
+    )
 
     steps: int = Field(2000, ge=1, description="optimiser steps in all")
     max_tokens: int = Field(4096, ge=2, description="padded tokens a batch")

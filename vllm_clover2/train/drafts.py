@@ -1,19 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """New drafts for a target: configuration, starting weights, training forward."""
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
-from vllm_clover2.model import Clover2Config, Clover2Model
+from vllm_clover2.model import (
+    Clover2Config,
+    Clover2Model,
+    RegressiveAttentionBlock,
+)
 from vllm_clover2.train.config import TrainConfig
 from vllm_clover2.train.hidden import Target
 from vllm_clover2.train.losses import LossRows
 
-__all__ = ["TrainableClover2", "new_clover2", "target_fingerprint"]
+__all__ = [
+    "Gains",
+    "TrainableClover2",
+    "measure_gains",
+    "new_clover2",
+    "parameter_groups",
+    "target_fingerprint",
+]
 
 # Width of the uniform noise on identities, as in the original; there it is
 # one-sided, here it is centred.
 _NOISE = 0.01
+# Size of the token's part in the states, at the start.  At 1 its own logit drowns
+# all others: the first loss is 36 instead of 12.
+_TOKEN_SHARE = 0.3
 
 
 class TrainableClover2(nn.Module):
@@ -41,6 +57,13 @@ class TrainableClover2(nn.Module):
         return torch.stack(outputs)
 
 
+class Gains(NamedTuple):
+    """Scales of the value projections: embeddings are far smaller than states."""
+
+    rab1: float  # adds to pre-norm hidden states
+    rab2: float  # adds to recurrent states, as large as post-norm hidden states
+
+
 def target_fingerprint(target: Target) -> dict[str, object]:
     """What identifies a target well enough to find the head made for it."""
     config = target.config
@@ -57,6 +80,7 @@ def new_clover2(
     config: TrainConfig,
     target: Target,
     draft_vocab_ids: torch.Tensor | None,  # [draft_vocab_size] int64, ascending
+    gains: Gains | None,  # None: start as the original does
 ) -> Clover2Model:
     """A head with the target's layer shape, started from the target's weights."""
     shape = target.config
@@ -79,7 +103,7 @@ def new_clover2(
     )
     if draft_vocab_ids is not None:
         model.draft_vocab_ids.copy_(draft_vocab_ids)
-    _start_recurrence(model)
+    _start_recurrence(model, gains)
     _start_from_target(model, target, config)
     return model
 
@@ -97,24 +121,93 @@ def _rope_theta(config: TrainConfig, target: Target) -> float:
     return float(theta)
 
 
+def _reference_start(block: RegressiveAttentionBlock) -> None:
+    """Queries and keys are the input itself; the token adds nothing yet."""
+    _noisy_identity(block.q_proj, 1.0)
+    _noisy_identity(block.k_proj, 1.0)
+    _noisy_identity(block.v_proj, 0.0)
+
+
+def _scaled_start(block: RegressiveAttentionBlock, gain: float) -> None:
+    """The token's embedding is added at a visible size, with weight near 1.
+
+    Pre-norm states can be hundreds of times larger than embeddings (300x in
+    SmolLM2-135M); started from zero, the token stays invisible for thousands of
+    steps.  Equal biases of query and key start every cosine near 1, instead of
+    at a random sign.
+    """
+    _noisy_identity(block.q_proj, 0.1)
+    _noisy_identity(block.k_proj, 1.0)
+    _noisy_identity(block.v_proj, 1.0)
+    block.v_proj.weight.mul_(gain)
+    nn.init.constant_(block.q_proj.bias, 0.5)
+    nn.init.constant_(block.k_proj.bias, 0.5)
+
+
+def _noisy_identity(linear: nn.Linear, scale: float) -> None:
+    """scale * I (top-left where not square) plus noise, bias 0."""
+    nn.init.eye_(linear.weight).mul_(scale)
+    noise = torch.empty_like(linear.weight).uniform_(-_NOISE / 2, _NOISE / 2)
+    linear.weight.add_(noise)
+    nn.init.zeros_(linear.bias)
+
+
 @torch.no_grad()
-def _start_recurrence(model: Clover2Model) -> None:
-    """Identity plus a little noise: at the start every block passes its input."""
+def _start_recurrence(model: Clover2Model, gains: Gains | None) -> None:
+    """Starting weights of everything but the augmenting layers."""
     recurrent = model.recurrent
-    for linear, scale in (
-        (model.rab1.q_proj, 1.0),
-        (model.rab1.k_proj, 1.0),
-        (model.rab1.v_proj, 0.0),
-        (recurrent.rab2.q_proj, 1.0),
-        (recurrent.rab2.k_proj, 1.0),
-        (recurrent.rab2.v_proj, 0.0),
-        (recurrent.first, 1.0),
-        (recurrent.step, 1.0),  # [I | 0]: state first, embedding second
-    ):
-        nn.init.eye_(linear.weight).mul_(scale)
-        noise = torch.empty_like(linear.weight).uniform_(-_NOISE / 2, _NOISE / 2)
-        linear.weight.add_(noise)
-        nn.init.zeros_(linear.bias)
+    if gains is None:
+        _reference_start(model.rab1)
+        _reference_start(recurrent.rab2)
+    else:
+        _scaled_start(model.rab1, gains.rab1)
+        _scaled_start(recurrent.rab2, gains.rab2)
+    _noisy_identity(recurrent.first, 1.0)
+    _noisy_identity(recurrent.step, 1.0)  # [I | 0]: state first, embedding second
+
+
+def parameter_groups(
+    model: nn.Module,
+    gains: Gains | None,
+    config: TrainConfig,
+) -> list[dict[str, object]]:
+    """Optimiser groups: scaled value projections learn at their own scale.
+
+    An Adam step changes every entry by about the learning rate, whatever the
+    entry's size; a matrix started `gain` times larger needs a `gain` times larger
+    rate to turn as fast.
+    """
+    values = {"rab1.v_proj.weight": "rab1", "rab2.v_proj.weight": "rab2"}
+    groups: dict[str, list[nn.Parameter]] = {"": [], "rab1": [], "rab2": []}
+    for name, parameter in model.named_parameters():
+        key = values.get(".".join(name.split(".")[-3:]), "")
+        groups[key if gains is not None else ""].append(parameter)
+    lr, decay = config.learning_rate, config.weight_decay
+    built: list[dict[str, object]] = [
+        {"params": groups[""], "lr": lr, "weight_decay": decay}
+    ]
+    if gains is not None:
+        for key, gain in (("rab1", gains.rab1), ("rab2", gains.rab2)):
+            rate = {"lr": lr * gain, "weight_decay": decay / gain}
+            built.append({"params": groups[key], **rate})
+    return built
+
+
+@torch.no_grad()
+def measure_gains(
+    target: Target,
+    input_ids: torch.Tensor,  # [B, T] int64 of real text, no padding
+) -> Gains:
+    """Gains that bring output embeddings to `_TOKEN_SHARE` of the states' size."""
+
+    def size(rows: torch.Tensor) -> float:
+        # The median: SmolLM2's first token is two hundred times the others.
+        return float(rows.float().square().mean(-1).sqrt().median())
+
+    hidden = target.pre_norm(input_ids)
+    embeddings = size(target.lm_head[input_ids])
+    scale = _TOKEN_SHARE / embeddings
+    return Gains(size(hidden) * scale, size(target.post_norm(hidden)) * scale)
 
 
 @torch.no_grad()

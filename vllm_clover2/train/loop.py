@@ -24,7 +24,12 @@ from vllm_clover2.train.data import (
     read_answers,
     token_budget_batches,
 )
-from vllm_clover2.train.drafts import TrainableClover2, new_clover2
+from vllm_clover2.train.drafts import (
+    TrainableClover2,
+    measure_gains,
+    new_clover2,
+    parameter_groups,
+)
 from vllm_clover2.train.hidden import HiddenStateCache, Target
 from vllm_clover2.train.losses import (
     DraftLoss,
@@ -113,15 +118,18 @@ class Trainer:
         ids, self.coverage = None, 1.0
         if config.draft_vocab_size is not None:
             ids, self.coverage = frequent_tokens(counts, config.draft_vocab_size)
-        self.draft = new_clover2(config, self.target, ids)
+        gains = None
+        if config.init_recurrence == "scaled":
+            sample = self.answers.tokens[:256].astype(np.int64)[None]
+            device = self.target.lm_head.device
+            gains = measure_gains(self.target, torch.from_numpy(sample).to(device))
+        self.draft = new_clover2(config, self.target, ids, gains)
         lm_head = self.target.lm_head
         self.draft_lm_head = lm_head if ids is None else lm_head[ids.to(lm_head.device)]
         model = TrainableClover2(self.draft)
         optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=config.learning_rate,
+            parameter_groups(model, gains, config),
             betas=(0.9, config.beta2),
-            weight_decay=config.weight_decay,
             fused=True,
         )
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -217,7 +225,7 @@ class Trainer:
         )
         if not (bool(torch.isfinite(result.loss)) and bool(torch.isfinite(norm))):
             raise RuntimeError(
-                f"loss {float(result.loss)} or gradient norm {float(norm)} is not "
+                f"loss {float(result.loss.detach())} or gradient norm {float(norm)} is not "
                 f"finite at step {self.step}; nothing was updated. Lower "
                 "learning_rate or check the target's hidden states; the last good "
                 f"checkpoint is {self.run_directory.latest()}"

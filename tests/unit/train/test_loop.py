@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs on a tiny random target: learning, resuming, failing."""
+
+import csv
+import errno
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_clover2.model.weights import load_head
+from vllm_clover2.train.config import EvaluateConfig, TrainConfig
+from vllm_clover2.train.evaluate import evaluate
+from vllm_clover2.train.loop import Trainer, frequent_tokens, lr_factor, train
+
+# A chain of depth 3, from 0.00 accepted tokens a step before training to about 2.0.
+ACCEPTANCE_FLOOR = 1.0
+
+
+def changed(config: TrainConfig, **values: object) -> TrainConfig:
+    return TrainConfig(**{**config.model_dump(), **values})
+
+
+def accepted_per_step(config: TrainConfig, head: Path) -> float:
+    result = evaluate(
+        EvaluateConfig(
+            target=config.target,
+            head=head,
+            answers=config.answers,
+            trees=["chain:3"],
+            precision="fp32",
+        )
+    )
+    return float(result["chain:3"]["accepted_per_step"])
+
+
+def test_training_raises_acceptance(tiny_config: TrainConfig) -> None:
+    config = changed(tiny_config, steps=300, ema_decay=0.9, draft_vocab_size=40)
+    untrained = train(changed(config, steps=1, warmup_steps=0, learning_rate=1e-9,
+                              output=config.output / "untrained"))
+    before = accepted_per_step(config, untrained)
+    head = train(config)
+    after = accepted_per_step(config, head)
+    assert after > max(ACCEPTANCE_FLOOR, before + 0.5), (before, after)
+
+    model = load_head(head)
+    assert model.config.draft_vocab_size == len(model.draft_vocab_ids) == 40
+    assert model.config.target["hidden_size"] == 32
+    assert model.config.training["settings"]["steps"] == 300
+    rows = list(csv.DictReader((config.output / "metrics.csv").open()))
+    assert int(float(rows[-1]["step"])) == 300
+    assert float(rows[-1]["ploss_0"]) < float(rows[0]["ploss_0"]) - 0.5
+    validation = json.loads((config.output / "metrics.json").read_text())
+    assert len(validation[-1]["agreement"]) == 3
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.8], ids=["plain", "ema"])
+def test_resuming_inside_an_epoch_gives_the_same_weights(
+    tiny_config: TrainConfig, ema_decay: float | None
+) -> None:
+    whole = changed(
+        tiny_config, output=tiny_config.output / "whole", ema_decay=ema_decay
+    )
+    assert 7 % len(Trainer(whole)._epoch(0)) != 0  # noqa: SLF001 - inside an epoch
+    train(whole)
+
+    halves = changed(whole, output=tiny_config.output / "halves", save_every=7)
+    first = Trainer(halves)
+    first._log = stop_at(first, 8, first._log)  # type: ignore[method-assign] # noqa: SLF001
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    assert first.run_directory.latest().name == "step-0000007"
+    train(halves)
+
+    expected = load_head(whole.output / "head").state_dict()
+    for name, tensor in load_head(halves.output / "head").state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def stop_at(trainer: Trainer, step: int, log: object) -> object:
+    """A `_log` that interrupts the run, as a user would."""
+
+    def interrupting(*arguments: object) -> str:
+        if trainer.step == step:
+            raise KeyboardInterrupt
+        return log(*arguments)  # type: ignore[operator]
+
+    return interrupting
+
+
+def test_cached_hidden_states_change_nothing(tiny_config: TrainConfig) -> None:
+    # bf16 both ways: the cache stores bf16.
+    plain = changed(tiny_config, precision="bf16", output=tiny_config.output / "a")
+    cached = changed(
+        plain,
+        output=tiny_config.output / "b",
+        hidden_cache=tiny_config.output / "cache",
+    )
+    train(plain)
+    train(cached)  # fills the cache
+    train(changed(cached, output=tiny_config.output / "c"))  # only reads it
+    expected = load_head(plain.output / "head").state_dict()
+    for folder in ("b", "c"):
+        found = load_head(tiny_config.output / folder / "head").state_dict()
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, expected[name], atol=2e-3, rtol=0)
+
+
+def test_nan_loss_stops_and_keeps_the_last_checkpoint(
+    tiny_config: TrainConfig,
+) -> None:
+    config = changed(tiny_config, save_every=4)
+    trainer = Trainer(config)
+    shift = trainer._shift  # noqa: SLF001
+
+    def poisoned(batch: object) -> object:
+        shifted = shift(batch)
+        if trainer.step == 6:
+            shifted.hidden.fill_(math.nan)
+        return shifted
+
+    trainer._shift = poisoned  # type: ignore[method-assign] # noqa: SLF001
+    with pytest.raises(RuntimeError, match="not finite at step 6.*step-0000004"):
+        trainer.run()
+    load_head(config.output / "head")  # refuses NaN
+
+
+def test_full_disk_leaves_the_last_checkpoint(
+    tiny_config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = changed(tiny_config, save_every=4)
+    trainer = Trainer(config)
+    save_state = trainer.accelerator.save_state
+
+    def no_space(folder: str) -> None:
+        save_state(folder)  # some files are there already when the disk is full
+        if trainer.step == 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(trainer.accelerator, "save_state", no_space)
+    with pytest.raises(RuntimeError, match="No space left.*step-0000004"):
+        trainer.run()
+    left = sorted(path.name for path in (config.output / "checkpoints").iterdir())
+    assert left == ["step-0000004"]
+    resumed = Trainer(config)
+    resumed.resume()
+    assert resumed.step == 4
+
+
+def test_damaged_checkpoint_is_named(tiny_config: TrainConfig) -> None:
+    config = changed(tiny_config, steps=4)
+    train(config)
+    checkpoint = config.output / "checkpoints" / "step-0000004"
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match="step-0000004 cannot be loaded"):
+        train(changed(config, steps=8))
+
+
+def test_checkpoint_of_another_shape_is_refused(tiny_config: TrainConfig) -> None:
+    config = changed(tiny_config, steps=4)
+    train(config)
+    with pytest.raises(ValueError, match="another output folder"):
+        train(changed(config, steps=8, num_layers=2))
+
+
+def test_run_directory_of_other_data_is_refused(
+    tiny_config: TrainConfig, tmp_path: Path
+) -> None:
+    train(changed(tiny_config, steps=3))
+    fewer = tmp_path / "fewer.jsonl"
+    lines = tiny_config.answers.read_text().splitlines(keepends=True)
+    fewer.write_text("".join(lines[:100]))
+    with pytest.raises(ValueError, match="own output folder"):
+        train(changed(tiny_config, answers=fewer))
+
+
+def test_old_checkpoints_are_dropped(tiny_config: TrainConfig) -> None:
+    config = changed(tiny_config, save_every=3, keep_checkpoints=2)
+    train(config)
+    names = sorted(path.name for path in (config.output / "checkpoints").iterdir())
+    assert names == ["step-0000009", "step-0000012"]
+
+
+def test_answers_of_another_vocabulary_are_refused(
+    tiny_config: TrainConfig, tmp_path: Path
+) -> None:
+    foreign = tmp_path / "foreign.jsonl"
+    shutil.copy(tiny_config.answers, foreign)
+    record = {"id": "x", "prompt_token_ids": [1, 2], "output_token_ids": [48]}
+    with foreign.open("a") as lines:
+        lines.write(json.dumps(record) + "\n")
+    with pytest.raises(ValueError, match=r"vocabulary \[0, 48\), found 0\.\.48"):
+        Trainer(changed(tiny_config, answers=foreign))
+
+
+def test_frequent_tokens_are_ascending_and_cover() -> None:
+    ids, coverage = frequent_tokens(np.array([5, 0, 3, 1, 1]), 2)
+    assert ids.tolist() == [0, 2]
+    assert coverage == pytest.approx(0.8)
+
+
+def test_learning_rate_has_warmup_plateau_and_cosine(tiny_config: TrainConfig) -> None:
+    config = changed(
+        tiny_config,
+        steps=100,
+        warmup_steps=10,
+        decay_fraction=0.5,
+        final_lr_fraction=0.1,
+    )
+    factors = [lr_factor(step, config) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1)
+    assert set(factors[10:51]) == {1.0}
+    assert factors[75] == pytest.approx(0.55)
+    assert factors[100] == pytest.approx(0.1)
