@@ -5,6 +5,7 @@ Several engines live side by side in one process; the first takes some seconds, 
 further one less than a second, so every test may ask for the engine that it needs.
 """
 
+import copy
 import dataclasses
 import itertools
 from dataclasses import dataclass, field
@@ -25,7 +26,8 @@ class Request:
 
     def sampling_params(self) -> SamplingParams:
         defaults = {"temperature": 0.0, "max_tokens": 48, "ignore_eos": True}
-        return SamplingParams(**(defaults | self.params))
+        # A copy: the engine writes into structured output parameters.
+        return SamplingParams(**(defaults | copy.deepcopy(self.params)))
 
     def replaced(self, **params: Any) -> "Request":
         """The same prompt with some parameters changed."""

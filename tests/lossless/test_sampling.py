@@ -17,7 +17,7 @@ from vllm.exceptions import VLLMValidationError
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 0.9},
-    "hot": {"temperature": 3.0},
+    "hot": {"temperature": 2.0},
     "top-k": {"temperature": 0.8, "top_k": 20},
     "top-p": {"temperature": 1.0, "top_p": 0.8},
     "top-k-top-p": {"temperature": 1.2, "top_k": 50, "top_p": 0.9},

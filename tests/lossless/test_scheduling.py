@@ -3,11 +3,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine_fixtures import Baseline, random_prompts
 from engines import Engine, EnginePool, Output, Request, assert_same
 from planting import CommitSpy, Planter, with_truth
+from vllm.v1.engine.input_processor import InputProcessor
 
 
 def run_planted(
@@ -130,6 +132,10 @@ def test_preempted_requests_resume(
     assert len(preempted) > 5
 
 
+def keep_request_id(request: Any) -> None:
+    request.external_req_id = request.request_id
+
+
 def test_aborted_requests_and_reuse_of_their_ids(
     engines: EnginePool,
     target: Path,
@@ -139,7 +145,9 @@ def test_aborted_requests_and_reuse_of_their_ids(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Else vLLM adds a random suffix, and no id would ever come twice.
-    monkeypatch.setenv("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "1")
+    monkeypatch.setattr(
+        InputProcessor, "assign_request_id", staticmethod(keep_request_id)
+    )
     requests = random_prompts(8, seed=10)
     expected = baseline(requests)
     planted = with_truth(requests, expected)
