@@ -1,7 +1,7 @@
 # Two commands for newcomers, each doing the set-up it needs and skipping what is done:
 #
 #   make demo    a dozen prompts without and with clover2, in one run on the CPU
-#   make test    linter and all CPU tests
+#   make test    linters and all CPU tests
 #
 # Both take arguments: make demo ARGS="--concurrency 8", make test ARGS="-k tree".
 
@@ -24,6 +24,7 @@ demo: $(TARGET)/config.json .venv/package.done
 
 test: $(TARGET)/config.json .venv/package.done
 	.venv/bin/ruff check .
+	.venv/bin/mypy
 	.venv/bin/python -m pytest $(ARGS)
 
 clean:

@@ -41,7 +41,7 @@ def extension() -> cpp_extension.Extension:
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
         f"-DPy_LIMITED_API={PYTHON_TARGET}",
     ]
-    flags = {"cxx": [*defines, "-std=c++20", "-O3", "-fopenmp", "-Wall", "-Wextra"]}
+    flags = {"cxx": [*defines, "-std=c++20", "-O3", "-Wall", "-Wextra"]}
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0")
         flags["cxx"].append("-DCLOVER2_WITH_CUDA")
@@ -52,7 +52,6 @@ def extension() -> cpp_extension.Extension:
         [str(path) for path in sources],
         include_dirs=[str(KERNELS.resolve())],
         extra_compile_args=flags,
-        extra_link_args=["-fopenmp"],
         py_limited_api=True,
     )
 

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo's figures, from rounds with known results, and its handling of engines."""
+
+import json
+import sys
+
+import demo
+import demo_engine
+import pytest
+from demo_engine import Answer, Engine, EngineOptions, Round
+from demo_report import acceptance, show, summarise
+from rich.console import Console
+
+PROMPTS = [
+    {"task": "qa", "messages": [{"role": "user", "content": "one"}]},
+    {"task": "code", "messages": [{"role": "user", "content": "two"}]},
+]
+OPTIONS = EngineOptions("target", "head", "float32", 1, 8, None)
+
+
+def answer(
+    token_ids: list[int], seconds: float, accepted: list[int] | None = None
+) -> Answer:
+    return Answer("text", token_ids, seconds, accepted or [])
+
+
+@pytest.fixture
+def rounds() -> dict[str, list[Round]]:
+    plain = Round(8.0, [answer([1] * 4, 4.0), answer([2] * 4, 4.0)])
+    slow = Round(80.0, plain.answers)
+    # Answer one: of 4 steps, two accepted 0 drafts, one accepted 1, one accepted 3.
+    same = answer([1] * 4, 1.0, [2, 1, 0, 1, 0])
+    other = answer([2, 2, 2, 3], 3.0, [4, 0, 0, 0, 0])
+    drafted = Round(4.0, [same, other])
+    return {"none": [plain, slow, plain], "clover2": [drafted] * 3}
+
+
+def test_speed_is_the_median_round(rounds):
+    figures = summarise(PROMPTS, rounds)
+    assert figures["none"]["tokens_per_second"] == 1.0
+    assert figures["none"]["speedup"] == 1.0
+    assert figures["clover2"]["tokens_per_second"] == 2.0
+    assert figures["clover2"]["speedup"] == 2.0
+
+
+def test_acceptance_counts_steps_that_reach_a_position(rounds):
+    figures = summarise(PROMPTS, rounds)["clover2"]
+    # Of 8 steps, two accepted at least 1 node, one at least 2, one at least 3.
+    assert figures["acceptance_by_position"] == [0.25, 0.125, 0.125]
+    assert figures["tokens_per_step"] == 1.5
+    assert figures["by_task"]["qa"]["acceptance_by_position"] == [0.5, 0.25, 0.25]
+    assert figures["by_task"]["qa"]["tokens_per_step"] == 2.0
+    assert figures["by_task"]["code"]["tokens_per_step"] == 1.0
+    assert acceptance([]) == {"tokens_per_step": 1.0, "acceptance_by_position": []}
+
+
+def test_one_different_token_is_not_identical(rounds):
+    figures = summarise(PROMPTS, rounds)
+    assert (figures["none"]["identical"], figures["none"]["prompts"]) == (2, 2)
+    assert (figures["clover2"]["identical"], figures["clover2"]["prompts"]) == (1, 2)
+    assert figures["clover2"]["by_task"]["code"]["identical"] == 0
+
+
+def test_one_different_round_is_not_identical(rounds):
+    deviating = Round(4.0, [answer([9] * 4, 1.0), answer([2] * 4, 1.0)])
+    rounds["none"][2] = deviating
+    assert summarise(PROMPTS, rounds)["none"]["identical"] == 1
+
+
+def test_speed_of_a_task_is_that_of_its_requests(rounds):
+    figures = summarise(PROMPTS, rounds)["clover2"]
+    assert figures["by_task"]["qa"]["speedup"] == 4.0
+    assert figures["by_prompt"][1]["speedup"] == pytest.approx(4 / 3)
+
+
+def test_tables_show_the_figures(rounds):
+    console = Console(record=True, width=80)
+    show(console, json.loads(json.dumps(summarise(PROMPTS, rounds))))
+    text = console.export_text()
+    assert "2.00x" in text
+    assert "1 of 2" in text
+    assert "accepted at position 1, 2, ... 25% 12% 12%" in text
+
+
+def test_shipped_prompts_are_a_diverse_dozen():
+    prompts = demo.read_prompts(demo.HERE / "prompts.jsonl")
+    assert len(prompts) == 12
+    assert len({prompt["task"] for prompt in prompts}) >= 6
+
+
+def test_prompts_without_messages_are_refused(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"messages": []}\n')
+    with pytest.raises(ValueError, match=r"prompts.jsonl must hold .* `messages`"):
+        demo.read_prompts(path)
+
+
+@pytest.mark.parametrize("given", [["clover2"], ["clover2", "none"]])
+def test_the_method_to_compare_with_comes_first(monkeypatch, given):
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--methods", *given])
+    assert demo.parse_args().methods == ["none", "clover2"]
+
+
+def test_an_engine_that_stops_shows_its_log(tmp_path, monkeypatch):
+    program = tmp_path / "engine.py"
+    program.write_text("import sys; sys.exit('out of memory, for example')")
+    monkeypatch.setattr(demo_engine, "__file__", str(program))
+    with pytest.raises(RuntimeError, match="code 1.*(?s:.*)out of memory, for example"):
+        Engine("none", OPTIONS, tmp_path / "engine.log")
+
+
+def test_an_engine_reports_progress_and_then_the_round(tmp_path, monkeypatch):
+    expected = Round(2.0, [answer([5, 6], 2.0)])
+    line = json.dumps(demo_engine.asdict(expected))
+    program = tmp_path / "engine.py"
+    program.write_text(
+        "import json, sys\n"
+        "print(json.dumps({'ready': sys.argv[1]}), flush=True)\n"
+        "for line in sys.stdin:\n"
+        '    print(\'{"done": 0}\\n{"done": 1}\')\n'
+        f"    print({line!r}, flush=True)\n"
+    )
+    monkeypatch.setattr(demo_engine, "__file__", str(program))
+    engine = Engine("none", OPTIONS, tmp_path / "engine.log")
+    assert list(engine.answer([PROMPTS[0]["messages"]])) == [0, 1]
+    assert engine.last_round == expected
+    engine.close()
+    assert engine.process.returncode == 0
