@@ -300,3 +300,15 @@ class Clover2WorkerMixin:
         For ``LLM.collective_rpc("clover2_stats")``.
         """
         return dict(self.model_runner.drafts.counts)
+
+    def clover2_step_milliseconds(self) -> dict[int, float]:
+        """Time of a step by its rows, as measured at start for adaptive trees.
+
+        Empty where trees are not adaptive. For
+        ``LLM.collective_rpc("clover2_step_milliseconds")``.
+        """
+        seconds = self.model_runner.drafter.step_seconds
+        if seconds is None:
+            return {}
+        rows = [n for n in (1, 2, 4, 8, 16, 26, 32, 61, 64, 128, 256) if n < len(seconds)]
+        return {n: 1e3 * float(seconds[n]) for n in rows}
