@@ -310,5 +310,5 @@ class Clover2WorkerMixin:
         seconds = self.model_runner.drafter.step_seconds
         if seconds is None:
             return {}
-        rows = [n for n in (1, 2, 4, 8, 16, 26, 32, 61, 64, 128, 256) if n < len(seconds)]
-        return {n: 1e3 * float(seconds[n]) for n in rows}
+        rows = (1, 2, 4, 8, 16, 26, 32, 61, 64, 128, 256)
+        return {n: 1e3 * float(seconds[n]) for n in rows if n < len(seconds)}
