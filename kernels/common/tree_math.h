@@ -122,9 +122,9 @@ struct AttentionSizes {
 
 // More splits than this would cost more in partial results than they gain.
 constexpr int kMaxSplits = 128;
-// A split's partial result is tile_rows x D floats, written and read once; a tile of keys
-// is tile_keys x 2D elements. While the chip has idle multiprocessors two tiles already
-// pay; once it is full, splitting only evens out the last wave.
+// A split's partial result is tile_rows x D floats, written and read once; a tile of
+// keys is tile_keys x 2D elements. While the chip has idle multiprocessors two tiles
+// already pay; once it is full, splitting only evens out the last wave.
 constexpr int kMinTilesIdle = 2;
 constexpr int kMinTilesFull = 8;
 // Take the smallest number of splits whose last wave is filled this well, relative to

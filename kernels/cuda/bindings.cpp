@@ -3,8 +3,8 @@
 // schemas are declared in vllm_clover2/ops/schema.py.
 //
 // Built against torch's stable ABI, so that one binary serves several torch versions.
-// Everything goes to the current stream of the tensors' device; scratch memory comes from
-// torch's allocator.
+// Everything goes to the current stream of the tensors' device; scratch memory comes
+// from torch's allocator.
 #ifndef USE_CUDA
   #define USE_CUDA  // torch's headers then declare the functions about streams
 #endif
@@ -43,12 +43,16 @@ void check_launch(int error, const char* op) {
                   cudaGetErrorString(static_cast<cudaError_t>(error)));
 }
 
-int multiprocessors(int32_t device) {
-  int count = 0;
-  check_launch(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount,
-                                      device),
+DeviceLimits device_limits(int32_t device) {
+  DeviceLimits limits{};
+  check_launch(cudaDeviceGetAttribute(&limits.multiprocessors,
+                                      cudaDevAttrMultiProcessorCount, device),
                "tree_attention");
-  return count;
+  check_launch(
+      cudaDeviceGetAttribute(&limits.shared_bytes,
+                             cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+      "tree_attention");
+  return limits;
 }
 
 void check_device(const Tensor& tensor, const char* name, int32_t device) {
@@ -175,7 +179,7 @@ void tree_attention(const Tensor& query, const Tensor& kv_cache, int64_t layout,
   params.softcap = static_cast<float>(softcap);
   params.sliding_window =
       static_cast<int>(std::min<int64_t>(sliding_window, INT32_MAX));
-  plan_tree_attention(params, type, multiprocessors(device));
+  plan_tree_attention(params, type, device_limits(device));
 
   Tensor partial;  // freed on return: the allocator keeps it for this stream
   if (params.max_splits > 1) {

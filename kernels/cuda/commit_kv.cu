@@ -1,17 +1,18 @@
-// SPDX-License-Identifier: Apache-2.0
-// Moves the KV of accepted tree rows to the positions right after the root: key
-// prefix + path[i - 1] to key prefix + i, in all layers and for all requests in one launch.
+// SPDX-License-Identifier: Apache-2.0 Moves the KV of accepted tree rows to the
+// positions right after the root: key prefix + path[i - 1] to key prefix + i, in all
+// layers and for all requests in one launch.
 //
-// Memory traffic: what moves, read once and written once; rows that are in place already
-// (every path that starts 1, 2, .. does so) are not touched.
+// Memory traffic: what moves, read once and written once; rows that are in place
+// already (every path that starts 1, 2, .. does so) are not touched.
 //
-// Sources and destinations overlap. A thread moves the same 16 bytes of every row of the
-// path and reads up to kBatch of them before it writes any; no other thread touches these
-// bytes. Over batches this is right because the rows of a path increase: path[i - 1] >= i,
-// so what a batch overwrites, prefix + i, can only be the source of its own rows or of
-// earlier ones.
+// Sources and destinations overlap. A thread moves the same 16 bytes of every row of
+// the path and reads up to kBatch of them before it writes any; no other thread
+// touches these bytes. Over batches this is right because the rows of a path
+// increase: path[i - 1] >= i, so what a batch overwrites, prefix + i, can only be the
+// source of its own rows or of earlier ones.
 //
-// Limits: layers of one shape and one set of strides per launch, at most kMaxCommitLayers.
+// Limits: layers of one shape and one set of strides per launch, at most
+// kMaxCommitLayers.
 #include "common/tree_math.h"
 #include "device.cuh"
 #include "launch.h"
@@ -36,8 +37,8 @@ __device__ __forceinline__ Unit* find_unit(const CommitKvParams& p, int request,
   return reinterpret_cast<Unit*>(layer + offset + unit_offset);
 }
 
-// A thread per unit of bytes of a token's K and V over all heads; blockIdx: units, layer,
-// request.
+// A thread per unit of bytes of a token's K and V over all heads; blockIdx: units,
+// layer, request.
 template <typename Unit>
 __global__ void __launch_bounds__(kCommitThreads)
     commit_kv_kernel(const CommitKvParams p) {

@@ -77,9 +77,9 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-// Four 8x8 matrices of 16-bit elements from shared memory to registers. Lane l gives the
-// address of row l % 8 of matrix l / 8 and receives, in result[i], elements
-// 2 * (l % 4) and the next of row l / 4 of matrix i.
+// Four 8x8 matrices of 16-bit elements from shared memory to registers. Lane l gives
+// the address of row l % 8 of matrix l / 8 and receives, in result[i], elements 2 *
+// (l % 4) and the next of row l / 4 of matrix i.
 __device__ __forceinline__ void load_matrices(uint32_t (&result)[4],
                                               const void* row) {
   asm volatile(
@@ -141,8 +141,8 @@ struct Grid {
   unsigned x, y, z;
 };
 
-// Launches with `shared_bytes` of dynamic shared memory. Returns cudaSuccess or what went
-// wrong, as an int so that callers need no CUDA header.
+// Launches with `shared_bytes` of dynamic shared memory. Returns cudaSuccess or what
+// went wrong, as an int so that callers need no CUDA header.
 template <typename Kernel, typename Params>
 int launch_kernel(Kernel kernel, const Grid& grid, unsigned threads,
                   int shared_bytes, Stream stream, const Params& params) {

@@ -2,9 +2,9 @@
 // Entry points of the CUDA kernels, free of torch: plain pointers, sizes and strides.
 //
 // bindings.cpp checks the tensors and fills these in. Strides count elements unless a
-// name says bytes. Every function returns a cudaError_t as an int (0: launched), never
-// waits for the device and never reads from it, so that all of them can be captured in a
-// CUDA graph.
+// name says bytes. Every function returns a cudaError_t as an int (0: launched),
+// never waits for the device and never reads from it, so that all of them can be
+// captured in a CUDA graph.
 #pragma once
 
 #include <cstdint>
@@ -40,9 +40,14 @@ struct TreeAttentionParams {
 // Head sizes that tree_attention has kernels for.
 constexpr int kHeadDims[] = {64, 80, 96, 128, 256};
 
-// Chooses how the launch is cut up, for a device with this many multiprocessors.
+struct DeviceLimits {
+  int multiprocessors;
+  int shared_bytes;  // of one multiprocessor
+};
+
+// Chooses how the launch is cut up.
 void plan_tree_attention(TreeAttentionParams& params, AttentionType type,
-                         int multiprocessors);
+                         const DeviceLimits& device);
 
 // `stream` is a cudaStream_t.
 int launch_tree_attention(const TreeAttentionParams& params, AttentionType type,
@@ -61,8 +66,8 @@ struct TreeAcceptParams {
 
 int launch_tree_accept(const TreeAcceptParams& params, void* stream);
 
-// Layers per launch: their pointers travel in the kernel's parameters, of which 4 KiB are
-// allowed on every device.
+// Layers per launch: their pointers travel in the kernel's parameters, of which 4 KiB
+// are allowed on every device.
 constexpr int kMaxCommitLayers = 256;
 
 struct CommitKvParams {

@@ -5,9 +5,9 @@
 // the target picked there, and the first match in row order is the next row. Integers
 // only, exact.
 //
-// Memory traffic: the request's parents and tokens (16 bytes per row) once from device
-// memory and then from L1, one target token per visited row. A launch takes as long as the
-// deepest path's dependent loads, about a microsecond.
+// Memory traffic: the request's parents and tokens (16 bytes per row) once from
+// device memory and then from L1, one target token per visited row. A launch takes as
+// long as the deepest path's dependent loads, about a microsecond.
 //
 // Limits: none; trees of more than 64 rows work too.
 #include "device.cuh"
@@ -19,8 +19,8 @@ namespace {
 constexpr int kAcceptThreads = 64;  // two requests per block
 constexpr int kAcceptWarps = kAcceptThreads / kWarpSize;
 
-// The first row after `node` whose parent is `node` and whose token is `token`, or -1. A
-// row comes after its parent. All lanes return the same.
+// The first row after `node` whose parent is `node` and whose token is `token`, or
+// -1. A row comes after its parent. All lanes return the same.
 __device__ __forceinline__ int find_child(const TreeAcceptParams& p, int begin,
                                           int rows, int node, int64_t token) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;

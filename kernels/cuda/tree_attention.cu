@@ -1,11 +1,12 @@
-// SPDX-License-Identifier: Apache-2.0
-// Tree attention over a paged KV cache: out = softmax(q K^T) V, where a tree row sees its
-// request's committed prefix and its own ancestors.
+// SPDX-License-Identifier: Apache-2.0 Tree attention over a paged KV cache: out =
+// softmax(q K^T) V, where a tree row sees its request's committed prefix and its own
+// ancestors.
 //
 // Fused: paging, the ancestor mask, grouped heads, soft-cap, sliding window; every
-// request has its own tree and length. FlashDecoding style: the keys of a request (prefix,
-// then tree rows, whose mask falls to the last splits) are split between blocks of
-// threads, so that one long request fills the chip; a second kernel merges the splits.
+// request has its own tree and length. FlashDecoding style: the keys of a request
+// (prefix, then tree rows, whose mask falls to the last splits) are split between
+// blocks of threads, so that one long request fills the chip; a second kernel merges
+// the splits.
 //
 // Memory traffic: K and V of every visible key once per KV head and tile of queries,
 // queries and output once, and per split one float32 partial output written and read.
@@ -20,22 +21,66 @@
 namespace clover2 {
 namespace {
 
-// Blocks that a multiprocessor is expected to run at a time; shared memory allows two of
-// the tensor-core kernel at D = 128 and 8 warps on Hopper, one on Ampere.
-constexpr int kBlocksPerMultiprocessor = 2;
-constexpr int kFewWarps = 4;
-
+constexpr int kReservedSharedBytes = 1024;  // of every block, by the system
 constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
 
-int mma_warps(const TreeAttentionParams& p) {
-  const int largest = min_int(static_cast<int>(kMaxTreeRows), p.total_rows);
-  const int group = p.heads / p.kv_heads;
-  return largest * group <= kFewWarps * kMmaRows ? kFewWarps : kMaxMmaWarps;
+// How the blocks of a launch look.
+struct BlockShape {
+  int threads;
+  int tile_rows;
+  int tile_keys;
+  int shared_bytes;
+  int max_resident;  // per multiprocessor, as registers allow
+};
+
+template <int kHeadDim, int kTileKeys>
+BlockShape mma_shape(int warps) {
+  return {warps * kWarpSize, warps * kMmaRows, kTileKeys,
+          MmaLayout<kHeadDim, kTileKeys>::bytes(warps),
+          mma_min_blocks(kHeadDim) * kMaxMmaWarps / warps};
 }
 
-int tile_keys(const TreeAttentionParams& p, AttentionType type) {
-  return type == AttentionType::kFloat32 ? fma_tile_keys(p.head_dim)
-                                         : mma_tile_keys(p.head_dim);
+// Sizes of single trees are on the device. Two warps serve where they suffice for the
+// average tree; larger trees are then cut into more tiles and read their keys again. Of
+// the larger shapes the one is taken that serves every tree: warps without rows are
+// nearly free.
+template <int kHeadDim>
+BlockShape block_shape(const TreeAttentionParams& p, AttentionType type) {
+  if (type == AttentionType::kFloat32) {
+    using Layout = FmaLayout<kHeadDim>;
+    return {kFmaThreads, Layout::kRows, Layout::kKeys, Layout::kBytes, 2};
+  }
+  const int group = p.heads / p.kv_heads;
+  const int average = ceil_div(p.total_rows, p.requests) * group;
+  if (average <= 2 * kMmaRows) return mma_shape<kHeadDim, kFewKeys>(2);
+  const int largest =
+      min_int(static_cast<int>(kMaxTreeRows), p.total_rows) * group;
+  return mma_shape<kHeadDim, mma_tile_keys(kHeadDim)>(
+      largest <= 4 * kMmaRows ? 4 : kMaxMmaWarps);
+}
+
+// Calls function.operator()<D>() for the head size D that is asked for.
+template <typename Function>
+bool with_head_dim(int head_dim, Function function) {
+  switch (head_dim) {
+    case 64:
+      function.template operator()<64>();
+      return true;
+    case 80:
+      function.template operator()<80>();
+      return true;
+    case 96:
+      function.template operator()<96>();
+      return true;
+    case 128:
+      function.template operator()<128>();
+      return true;
+    case 256:
+      function.template operator()<256>();
+      return true;
+    default:
+      return false;
+  }
 }
 
 Grid attention_grid(const TreeAttentionParams& p) {
@@ -44,20 +89,26 @@ Grid attention_grid(const TreeAttentionParams& p) {
               static_cast<unsigned>(p.requests)};
 }
 
+template <typename Element, int kHeadDim>
+auto mma_kernel(int tile_keys) {
+  return tile_keys == kFewKeys
+             ? tree_attention_mma_kernel<Element, kHeadDim, kFewKeys>
+             : tree_attention_mma_kernel<Element, kHeadDim,
+                                         mma_tile_keys(kHeadDim)>;
+}
+
 template <int kHeadDim>
 int launch_attention(const TreeAttentionParams& p, AttentionType type,
                      Stream stream) {
-  const Grid grid = attention_grid(p);
-  if (type == AttentionType::kFloat32) {
-    return launch_kernel(tree_attention_fma_kernel<kHeadDim>, grid, kFmaThreads,
-                         FmaLayout<kHeadDim>::kBytes, stream, p);
-  }
-  const int warps = mma_warps(p);
-  const auto kernel = type == AttentionType::kFloat16
-                          ? tree_attention_mma_kernel<Float16, kHeadDim>
-                          : tree_attention_mma_kernel<BFloat16, kHeadDim>;
-  return launch_kernel(kernel, grid, static_cast<unsigned>(warps * kWarpSize),
-                       MmaLayout<kHeadDim>::bytes(warps), stream, p);
+  const BlockShape shape = block_shape<kHeadDim>(p, type);
+  const auto kernel =
+      type == AttentionType::kFloat32 ? tree_attention_fma_kernel<kHeadDim>
+      : type == AttentionType::kFloat16
+          ? mma_kernel<Float16, kHeadDim>(shape.tile_keys)
+          : mma_kernel<BFloat16, kHeadDim>(shape.tile_keys);
+  return launch_kernel(kernel, attention_grid(p),
+                       static_cast<unsigned>(shape.threads), shape.shared_bytes,
+                       stream, p);
 }
 
 int launch_merge(const TreeAttentionParams& p, AttentionType type,
@@ -74,23 +125,30 @@ int launch_merge(const TreeAttentionParams& p, AttentionType type,
 }  // namespace
 
 void plan_tree_attention(TreeAttentionParams& params, AttentionType type,
-                         int multiprocessors) {
+                         const DeviceLimits& device) {
+  BlockShape shape{};
+  const bool known = with_head_dim(params.head_dim, [&]<int kHeadDim>() {
+    shape = block_shape<kHeadDim>(params, type);
+  });
+  if (!known) return;  // refused at launch
   AttentionSizes sizes{};
   sizes.requests = params.requests;
   sizes.total_rows = params.total_rows;
   sizes.kv_heads = params.kv_heads;
   sizes.group = params.heads / params.kv_heads;
   sizes.max_keys = params.max_blocks * params.block_size;
-  sizes.tile_rows = type == AttentionType::kFloat32
-                        ? fma_tile_rows(params.head_dim)
-                        : mma_warps(params) * kMmaRows;
-  sizes.tile_keys = tile_keys(params, type);
-  sizes.resident_blocks = multiprocessors * kBlocksPerMultiprocessor;
+  sizes.tile_rows = shape.tile_rows;
+  sizes.tile_keys = shape.tile_keys;
+  sizes.resident_blocks =
+      device.multiprocessors *
+      max_int(1, min_int(shape.max_resident,
+                         device.shared_bytes /
+                             (shape.shared_bytes + kReservedSharedBytes)));
   const AttentionPlan plan = plan_attention(sizes);
   params.row_tiles = plan.row_tiles;
   params.max_splits = plan.max_splits;
   params.min_tiles_per_split = plan.min_tiles_per_split;
-  params.tile_keys = sizes.tile_keys;
+  params.tile_keys = shape.tile_keys;
 }
 
 int launch_tree_attention(const TreeAttentionParams& params, AttentionType type,
@@ -98,25 +156,9 @@ int launch_tree_attention(const TreeAttentionParams& params, AttentionType type,
   if (params.total_rows == 0 || params.requests == 0) return 0;
   const Stream on = static_cast<Stream>(stream);
   int error = kInvalidValue;
-  switch (params.head_dim) {
-    case 64:
-      error = launch_attention<64>(params, type, on);
-      break;
-    case 80:
-      error = launch_attention<80>(params, type, on);
-      break;
-    case 96:
-      error = launch_attention<96>(params, type, on);
-      break;
-    case 128:
-      error = launch_attention<128>(params, type, on);
-      break;
-    case 256:
-      error = launch_attention<256>(params, type, on);
-      break;
-    default:
-      break;
-  }
+  with_head_dim(params.head_dim, [&]<int kHeadDim>() {
+    error = launch_attention<kHeadDim>(params, type, on);
+  });
   if (error != 0 || params.max_splits == 1) return error;
   return launch_merge(params, type, on);
 }

@@ -12,7 +12,8 @@ namespace clover2 {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// A block's share: one split of the keys, one tile of queries, one KV head, one request.
+// A block's share: one split of the keys, one tile of queries, one KV head, one
+// request.
 struct BlockWork {
   int request, kv_head, group, split;
   int row_begin;   // of the request, in the flat batch
@@ -51,8 +52,8 @@ __device__ __forceinline__ BlockWork find_work(const TreeAttentionParams& p,
   return work;
 }
 
-// Offset of a key in the cache, within a KV head; 0 for keys beyond the last, which must
-// not be looked up.
+// Offset of a key in the cache, within a KV head; 0 for keys beyond the last, which
+// must not be looked up.
 __device__ __forceinline__ int64_t find_key(const TreeAttentionParams& p,
                                             const BlockWork& work, int key) {
   if (key >= work.num_keys) return 0;
@@ -102,8 +103,8 @@ __device__ __forceinline__ RowView find_view(const TreeAttentionParams& p,
 }
 
 // With a soft-cap, a dot product becomes the one whose plain score, dot * scale, is
-// cap * tanh(dot * scale / cap). tanh x = 1 - 2 / (e^2x + 1) is exact to 1e-7, also where
-// e^2x overflows.
+// cap * tanh(dot * scale / cap). tanh x = 1 - 2 / (e^2x + 1) is exact to 1e-7, also
+// where e^2x overflows.
 __device__ __forceinline__ float capped_dot(const TreeAttentionParams& p,
                                             float dot) {
   const float squared = exp2_fast(dot * p.scale * (2.0f * kLog2E / p.softcap));

@@ -2,10 +2,10 @@
 // Tree attention with plain float32 multiply-adds, for float32 caches: the tensor cores
 // would round to tf32 (10 bits), and float32 is asked for where outputs must match.
 //
-// As the tensor-core kernel, with 128 threads per tile of 64 queries (32 for D = 256) and
-// 32 keys (16): 16 groups of 8 threads own 4 (2) queries each; for scores the 8 threads
-// share out the keys, for the output the columns. A tile of more queries reads the keys
-// again, mostly from the L2 cache.
+// As the tensor-core kernel, with 128 threads per tile of 64 queries (32 for D = 256)
+// and 32 keys (16): 16 groups of 8 threads own 4 (2) queries each; for scores the 8
+// threads share out the keys, for the output the columns. A tile of more queries
+// reads the keys again, mostly from the L2 cache.
 #pragma once
 
 #include "tree_attention_block.cuh"
@@ -34,7 +34,8 @@ struct FmaLayout {
                                 8 * kStageCount * kKeys;
 };
 
-// Copies `rows` rows of kColumns floats from offset(row); rows from `valid` on are zeros.
+// Copies `rows` rows of kColumns floats from offset(row); rows from `valid` on are
+// zeros.
 template <int kColumns, typename Offset>
 __device__ __forceinline__ void copy_rows(const float* from, Offset offset,
                                           int rows, int valid, int pitch,

@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tree attention on tensor cores, for bfloat16 and float16.
 //
-// One block of 4 or 8 warps takes one tile of up to 128 queries (tree rows x heads that
-// share a KV head) and walks over its split of the keys, 64 at a time (32 for D = 256):
-// the next tile of keys and values is copied to shared memory while the current one is
+// One block of 2, 4 or 8 warps takes one tile of 16 queries per warp (tree rows x
+// heads that share a KV head) and walks over its split of the keys, 64 at a time (32
+// with 2 warps, so that more blocks fit beside each other, and for D = 256): the next
+// tile of keys and values is copied to shared memory while the current one is
 // multiplied. Warp w owns the tile's rows 16w .. 16w + 15 from scores to output, so
 // softmax needs no exchange between warps; a warp without rows only helps copying.
-// Products are summed in float32, probabilities are rounded to the cache's type before
-// they multiply V, as in FlashAttention.
+// Products are summed in float32, probabilities are rounded to the cache's type
+// before they multiply V, as in FlashAttention.
 //
-// Every key is read from device memory once per tile of queries. 128 queries are as many
-// as pay: each 2-byte element then takes part in 128 multiply-adds, which is about where
-// the matrix units, not memory, become the limit.
+// Every key is read from device memory once per tile of queries. 128 queries are as
+// many as pay: each 2-byte element then takes part in 128 multiply-adds, which is
+// about where the matrix units, not memory, become the limit.
 #pragma once
 
 #include "tree_attention_block.cuh"
@@ -25,14 +26,16 @@ constexpr int kMaxMmaWarps = 8;
 constexpr int kCopyElements = 8;  // 16 bytes
 constexpr int kStages = 2;
 
-constexpr int mma_tile_keys(int head_dim) { return head_dim > 128 ? 32 : 64; }
+constexpr int kFewKeys = 32;
+constexpr int mma_tile_keys(int head_dim) { return head_dim > 128 ? kFewKeys : 64; }
 
-// Shared memory: stages of keys and values, the queries, the keys' offsets. Every row is
-// padded by 16 bytes, which makes its length an odd number of 16-byte units: the 8 rows
-// that a matrix load touches at a time then lie in 8 different groups of banks.
-template <int kHeadDim>
+// Shared memory: stages of keys and values, the queries, the keys' offsets. Every row
+// is padded by 16 bytes, which makes its length an odd number of 16-byte units: the 8
+// rows that a matrix load touches at a time then lie in 8 different groups of banks.
+template <int kDim, int kTileKeys>
 struct MmaLayout {
-  static constexpr int kKeys = mma_tile_keys(kHeadDim);
+  static constexpr int kHeadDim = kDim;
+  static constexpr int kKeys = kTileKeys;
   static constexpr int kPitch = 2 * kHeadDim + kCopyElements;
   static constexpr int kQueryPitch = kHeadDim + kCopyElements;
   static constexpr int kStage = kKeys * kPitch;
@@ -43,12 +46,11 @@ struct MmaLayout {
   }
 };
 
-template <int kHeadDim>
+template <typename Layout>
 __device__ __forceinline__ void copy_queries(const TreeAttentionParams& p,
                                              const BlockWork& work,
                                              uint16_t* queries) {
-  using Layout = MmaLayout<kHeadDim>;
-  constexpr int kCopies = kHeadDim / kCopyElements;
+  constexpr int kCopies = Layout::kHeadDim / kCopyElements;
   const int threads = static_cast<int>(blockDim.x);
   const uint16_t* query = static_cast<const uint16_t*>(p.query);
   const int total = threads / kWarpSize * kMmaRows * kCopies;
@@ -62,15 +64,15 @@ __device__ __forceinline__ void copy_queries(const TreeAttentionParams& p,
   }
 }
 
-// Copies K and V of the tile's first `num_keys` keys and zeros the others, since 0 times
-// whatever lies there could be NaN. A thread keeps its columns over all keys, so that a
-// copy costs little more than adding the key's offset.
-template <int kHeadDim>
+// Copies K and V of the tile's first `num_keys` keys and zeros the others, since 0
+// times whatever lies there could be NaN. A thread keeps its columns over all keys,
+// so that a copy costs little more than adding the key's offset.
+template <typename Layout>
 __device__ __forceinline__ void copy_tile(const uint16_t* cache,
                                           const int64_t* offsets, int num_keys,
                                           uint16_t* stage) {
-  using Layout = MmaLayout<kHeadDim>;
-  constexpr int kCopies = 2 * kHeadDim / kCopyElements;  // K and V lie side by side
+  // K and V lie side by side.
+  constexpr int kCopies = 2 * Layout::kHeadDim / kCopyElements;
   constexpr int kWarpKeys = kCopies <= kWarpSize / 2 ? 2 : 1;
   constexpr int kLanes = kWarpSize / kWarpKeys;
   const int thread = static_cast<int>(threadIdx.x);
@@ -91,9 +93,9 @@ __device__ __forceinline__ void copy_tile(const uint16_t* cache,
 
 // One warp's 16 rows: sums of the output, and softmax state of the two rows that this
 // lane shares with the 3 other lanes of its group (lane / 4, and 8 more).
-template <typename Element, int kHeadDim>
+template <typename Element, typename Layout>
 struct MmaRows {
-  using Layout = MmaLayout<kHeadDim>;
+  static constexpr int kHeadDim = Layout::kHeadDim;
   static constexpr int kScoreTiles = Layout::kKeys / kMmaCols;
   static constexpr int kOutTiles = kHeadDim / kMmaCols;
 
@@ -146,8 +148,8 @@ struct MmaRows {
     }
   }
 
-  // Caps the dot products of the tile that begins at key `first_key`, if there is a cap,
-  // and makes those of keys that a row does not see -infinity.
+  // Caps the dot products of the tile that begins at key `first_key`, if there is a
+  // cap, and makes those of keys that a row does not see -infinity.
   __device__ __forceinline__ void mask(const TreeAttentionParams& p,
                                        const BlockWork& work, int first_key,
                                        float (&scores)[kScoreTiles][4]) {
@@ -260,10 +262,14 @@ struct MmaRows {
   }
 };
 
-template <typename Element, int kHeadDim>
-__global__ void __launch_bounds__(kMaxMmaWarps * kWarpSize, kHeadDim > 128 ? 1 : 2)
+// The sums of D = 256 need more registers than two blocks of 8 warps leave each.
+constexpr int mma_min_blocks(int head_dim) { return head_dim > 128 ? 1 : 2; }
+
+template <typename Element, int kHeadDim, int kTileKeys>
+__global__ void __launch_bounds__(kMaxMmaWarps * kWarpSize,
+                                  mma_min_blocks(kHeadDim))
     tree_attention_mma_kernel(const TreeAttentionParams p) {
-  using Layout = MmaLayout<kHeadDim>;
+  using Layout = MmaLayout<kHeadDim, kTileKeys>;
   const int warps = static_cast<int>(blockDim.x) / kWarpSize;
   const BlockWork work = find_work(p, warps * kMmaRows, Layout::kKeys);
   if (work.tile_rows == 0) return;
@@ -285,12 +291,12 @@ __global__ void __launch_bounds__(kMaxMmaWarps * kWarpSize, kHeadDim > 128 ? 1 :
           p, work, (work.first_tile + stage) * Layout::kKeys + thread);
     }
   }
-  MmaRows<Element, kHeadDim> rows;
+  MmaRows<Element, Layout> rows;
   rows.start(p, work, first_row);
-  copy_queries<kHeadDim>(p, work, queries);
+  copy_queries<Layout>(p, work, queries);
   __syncthreads();  // the offsets are there
-  copy_tile<kHeadDim>(cache, offsets,
-                      work.num_keys - work.first_tile * Layout::kKeys, stages);
+  copy_tile<Layout>(cache, offsets,
+                    work.num_keys - work.first_tile * Layout::kKeys, stages);
 
   for (int tile = work.first_tile; tile < work.end_tile; ++tile) {
     const int stage = (tile - work.first_tile) % kStages;
@@ -299,9 +305,9 @@ __global__ void __launch_bounds__(kMaxMmaWarps * kWarpSize, kHeadDim > 128 ? 1 :
     // All copies of this tile are there, and nobody reads the other stage any more.
     __syncthreads();
     if (tile + 1 < work.end_tile) {
-      copy_tile<kHeadDim>(cache, offsets + other * Layout::kKeys,
-                          work.num_keys - (tile + 1) * Layout::kKeys,
-                          stages + other * Layout::kStage);
+      copy_tile<Layout>(cache, offsets + other * Layout::kKeys,
+                        work.num_keys - (tile + 1) * Layout::kKeys,
+                        stages + other * Layout::kStage);
     }
     // Looked up one tile ahead of the copy, and stored after the products, so that
     // nobody waits for the block table.

@@ -136,8 +136,9 @@ def check_attention(
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
-def test_attention_of_every_type_and_head_size(gpu, thread_order, dtype, dim):
-    case = attention_case([37, 0, 130], [7, 3, 1], dim=dim, dtype=dtype, seed=dim)
+@pytest.mark.parametrize("rows", [[7, 3, 1], [40, 33, 1]], ids=["small", "large"])
+def test_attention_of_every_type_and_head_size(gpu, thread_order, dtype, dim, rows):
+    case = attention_case([37, 0, 130], rows, dim=dim, dtype=dtype, seed=dim)
     check_attention(gpu, case)
 
 
@@ -180,7 +181,7 @@ def test_attention_at_tile_borders(gpu, dtype, prefix, rows):
     ("multiprocessors", "kernels"), [(1, 1), (3, 2), (132, 2)], ids=str
 )
 def test_attention_with_few_and_many_splits(gpu, multiprocessors, kernels):
-    case = attention_case([1500, 3], [4, 9], 1, 1, dtype=torch.bfloat16)
+    case = attention_case([1500, 3], [64, 60], 2, 1, dtype=torch.bfloat16)
     if gpu.emulator is None:
         check_attention(gpu, case)
         return

@@ -4,12 +4,17 @@
 #pragma once
 
 using cudaError_t = int;
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor
+};
 
 inline int emulated_multiprocessors = 132;
 
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = emulated_multiprocessors;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute,
+                                          int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? emulated_multiprocessors
+                                                       : 228 * 1024;
   return 0;
 }
 
