@@ -2,6 +2,9 @@
 """Tests that text and samples are those of vLLM without speculation."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vLLM is imported
 
@@ -14,3 +17,9 @@ from engine_fixtures import (  # noqa: E402, F401
     plant,
     target,
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Engines last: they change torch's threads, and quick failures come first."""
+    here = Path(__file__).parent
+    items.sort(key=lambda item: here in item.path.parents)

@@ -12,21 +12,24 @@ from planting import CommitSpy, Planter
 from tiny_models import TinyModel, save_random_head, save_target
 
 TINY = TinyModel()
+_POOL = EnginePool()
 
 
 @pytest.fixture(scope="session")
 def engines() -> Iterator[EnginePool]:
-    """Starts engines on demand; they share this process and its threads."""
+    """Starts engines on demand; they share this process and its threads.
+
+    They live until the process ends: stopping any of them destroys the process group
+    that all of them use.
+    """
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
-    pool = EnginePool()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         # One thread: tiny matrices gain nothing from two, and pinning threads to
         # cores would fight with whatever else runs here.
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         set_num_threads(1)
-        yield pool
-        pool.shutdown()
+        yield _POOL
     torch.set_num_threads = set_num_threads  # vLLM's worker had disabled it
     set_num_threads(threads)
 

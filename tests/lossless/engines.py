@@ -102,11 +102,12 @@ class Engine:
         self, requests: list[Request], concurrency: int | None = None
     ) -> list[Output]:
         """All requests, at most ``concurrency`` (default: all) of them at a time."""
+        limit = concurrency or len(requests)
         waiting = list(enumerate(requests))[::-1]
         places: dict[str, int] = {}
         outputs: dict[int, Output] = {}
         while waiting or self.busy:
-            while waiting and len(places) - len(outputs) < (concurrency or len(places) + 1):
+            while waiting and len(places) - len(outputs) < limit:
                 place, request = waiting.pop()
                 places[self.add(request)] = place
             for request_id, output in self.step().items():
@@ -116,9 +117,6 @@ class Engine:
     def forget_prefixes(self) -> None:
         """Empty the prefix cache, so that the next run computes everything."""
         assert self.llm.reset_prefix_cache()
-
-    def shutdown(self) -> None:
-        self.llm.llm_engine.engine_core.shutdown()
 
 
 class EnginePool:
@@ -145,16 +143,11 @@ class EnginePool:
             self._engines[key] = Engine(target, **options)
         return self._engines[key]
 
-    def shutdown(self) -> None:
-        for engine in self._engines.values():
-            engine.shutdown()
-        self._engines.clear()
-
 
 def assert_same(
     expected: list[Output], actual: list[Output], requests: list[Request]
 ) -> None:
-    """Token ids, finish and stop reasons, and log-probabilities are those of plain vLLM.
+    """Token ids, text, finish and stop reasons are those of plain vLLM.
 
     Reports the first token where each differing request left the plain text.
     """

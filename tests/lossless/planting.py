@@ -87,9 +87,7 @@ class Planter:
         for request_id in request_ids:
             request = runner.requests[request_id]
             truth = (request.sampling_params.extra_args or {}).get(TRUTH, [])
-            trees.append(
-                self.tree(truth[len(request.output_token_ids) :], max_nodes)
-            )
+            trees.append(self.tree(truth[len(request.output_token_ids) :], max_nodes))
         sizes = torch.tensor([len(tokens) for tokens, _ in trees], dtype=torch.int32)
         tokens = _padded([tokens for tokens, _ in trees], max_nodes, NO_TOKEN)
         parents = _padded([parents for _, parents in trees], max_nodes, 0).int()

@@ -104,9 +104,7 @@ def test_caches_equal_those_of_a_fresh_pass(
 
 def fresh_kv(engine: Engine, text: list[int], like: object) -> dict[str, torch.Tensor]:
     """KV of ``text`` without its last token, computed in one prefill."""
-    request_id = engine.add(
-        type(like)(tuple(text[:-1]), {"max_tokens": 2})
-    )
+    request_id = engine.add(type(like)(tuple(text[:-1]), {"max_tokens": 2}))
     engine.step()
     kv = cached_kv(engine, request_id)
     engine.abort(request_id)

@@ -140,7 +140,7 @@ def test_chain_of_a_seeded_request(
 def test_several_answers_to_one_prompt(
     engine: Engine, plain: Engine, plant: Callable[..., Planter]
 ) -> None:
-    """``n`` > 1 runs as requests of their own, with seeds that follow from the first."""
+    """``n`` > 1 runs as ``n`` requests, whose seeds follow from the given one."""
     request = random_prompts(1, seed=61)[0].replaced(seed=5, temperature=1.0, n=3)
     prompt = {"prompt_token_ids": list(request.prompt)}
     answers = []

@@ -60,9 +60,7 @@ def test_grammars_beside_trees(
     requests += random_prompts(8, seed=51)
     requests += [r.replaced(seed=1, temperature=1.0) for r in random_prompts(4, 52)]
     expected = baseline(requests)
-    engine = engines.get(
-        target, head, max_num_batched_tokens=budget, max_num_seqs=20
-    )
+    engine = engines.get(target, head, max_num_batched_tokens=budget, max_num_seqs=20)
     counts = engine.runner.drafts.counts
     seen = counts["structured output: drafted as a chain"]
     plant(seed=50, chain=planted_as == "chain", hit_rate=0.6)

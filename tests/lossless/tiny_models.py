@@ -36,7 +36,11 @@ class TinyModel:
     init: float = 0.3  # standard deviation of the weights
 
 
-def save_target(folder: Path, shape: TinyModel) -> Path:
+def save_target(
+    folder: Path,
+    shape: TinyModel,
+    lm_head: torch.Tensor | None = None,  # [vocab, hidden]
+) -> Path:
     """Write a Llama with a byte-level tokenizer to ``folder``, in float32."""
     torch.manual_seed(shape.seed)
     config = LlamaConfig(
@@ -52,8 +56,11 @@ def save_target(folder: Path, shape: TinyModel) -> Path:
         eos_token_id=EOS,
         initializer_range=shape.init,
     )
-    LlamaForCausalLM(config).float().save_pretrained(folder)
-    if shape.vocab_size >= 300:
+    model = LlamaForCausalLM(config).float()
+    if lm_head is not None:
+        model.lm_head.weight.data.copy_(lm_head)
+    model.save_pretrained(folder)
+    if shape.vocab_size >= 300:  # all bytes and a few merges
         _tokenizer(shape.vocab_size).save_pretrained(folder)
     return folder
 
