@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Argument checks shared by the CPU and CUDA entry points. Each message names the
-// argument, what must hold and what was found.
+// Argument checks shared by the CPU and CUDA entry points. Each message names
+// the argument, what must hold and what was found.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -29,9 +29,9 @@ inline void check_vector(const Tensor& tensor, const char* name,
 }
 
 inline void check_block_table(const Tensor& block_table, int64_t requests) {
-  STD_TORCH_CHECK(block_table.scalar_type() == ScalarType::Int &&
-                      block_table.dim() == 2,
-                  "block_table must be a 2-dimensional int32 tensor");
+  STD_TORCH_CHECK(
+      block_table.scalar_type() == ScalarType::Int && block_table.dim() == 2,
+      "block_table must be a 2-dimensional int32 tensor");
   STD_TORCH_CHECK(block_table.size(0) == requests, "block_table must have ",
                   requests, " rows (one per request), found ",
                   block_table.size(0));
@@ -40,9 +40,10 @@ inline void check_block_table(const Tensor& block_table, int64_t requests) {
 }
 
 inline void check_cache(const Tensor& kv_cache) {
-  STD_TORCH_CHECK(kv_cache.dim() == 4 && kv_cache.size(3) % 2 == 0,
-                  "kv_cache must be [blocks, kv_heads, block_size, 2 * D], found ",
-                  kv_cache.dim(), " dimensions");
+  STD_TORCH_CHECK(
+      kv_cache.dim() == 4 && kv_cache.size(3) % 2 == 0,
+      "kv_cache must be [blocks, kv_heads, block_size, 2 * D], found ",
+      kv_cache.dim(), " dimensions");
 }
 
 struct AttentionShape {

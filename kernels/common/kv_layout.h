@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Where one element of a key or value lies in a layer's paged KV cache.
 //
-// The same formulas, in torch, are in vllm_clover2/ops/layout.py. Usable from C++ and
-// from CUDA device code.
+// The same formulas, in torch, are in vllm_clover2/ops/layout.py. Usable from
+// C++ and from CUDA device code.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,8 @@ enum class KVLayout : int64_t {
   kAmx = 2,      // vLLM CPU: K and V as tiles of 16 rows of 16 pairs
 };
 
-// A tree has at most 64 rows (root included): ancestors-or-self fit in one word.
+// A tree has at most 64 rows (root included): ancestors-or-self fit in one
+// word.
 constexpr int64_t kMaxTreeRows = 64;
 
 // AMX tile geometry for 16-bit elements.
@@ -42,8 +43,9 @@ CLOVER2_HOST_DEVICE int64_t vec_value(int64_t offset, int64_t d,
 }
 
 CLOVER2_HOST_DEVICE int64_t amx_key(int64_t offset, int64_t d, int64_t dim) {
-  return offset / kTileRows * kTileRows * dim + d / kPair * (kTileRows * kPair) +
-         offset % kTileRows * kPair + d % kPair;
+  return offset / kTileRows * kTileRows * dim +
+         d / kPair * (kTileRows * kPair) + offset % kTileRows * kPair +
+         d % kPair;
 }
 
 CLOVER2_HOST_DEVICE int64_t amx_value(int64_t offset, int64_t d,

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Layout kAmx without the matrix unit, in the order in which that unit adds: per tile
-// (32 elements deep) even and odd elements are summed apart. For machines that got a
-// cache of this layout but lack AMX, and for tests. Included after simd.h.
+// Layout kAmx without the matrix unit, in the order in which that unit adds:
+// per tile (32 elements deep) even and odd elements are summed apart. For
+// machines that got a cache of this layout but lack AMX, and for tests.
+// Included after simd.h.
 
 namespace clover2::cpu::CLOVER2_ISA {
 
@@ -10,7 +11,7 @@ struct AmxEmulatedKernel {
   using Query = BFloat16;
   using Probability = BFloat16;
   static constexpr int64_t kLeastPiece = 128;  // of keys, in vLLM's division
-  static constexpr bool kScaleLogits = true;  // queries stay exact bf16 values
+  static constexpr bool kScaleLogits = true;   // queries stay exact bf16 values
   static constexpr int64_t kTileElements = kTileRows * kTileRows * kPair;
 
   explicit AmxEmulatedKernel(int64_t dim) : dim(dim) {}
@@ -26,22 +27,21 @@ struct AmxEmulatedKernel {
   int64_t key_offset(int64_t token) const { return token * dim; }
   int64_t value_offset(int64_t token) const { return token * kTileRows; }
 
-  // start + a[depth] * tiles[depth][16]; the tiles follow each other.
-  CLOVER2_INLINE static f32x16 dot(const f32x16& start, const Element* a,
+  // start + a[depth] * tiles[depth][kLanes of 16]; the tiles follow each other.
+  CLOVER2_INLINE static floats dot(const floats& start, const Element* a,
                                    const Element* tiles, int64_t depth) {
-    f32x16 accumulator = start;
+    floats accumulator = start;
     for (int64_t begin = 0; begin < depth; begin += kTileRows * kPair) {
-      f32x16 even_sum = {};
-      f32x16 odd_sum = {};
+      floats even_sum = {};
+      floats odd_sum = {};
       for (int64_t pair = 0; pair < kTileRows; ++pair) {
-        const u32x16 words = load<u32x16>(tiles + pair * kTileRows * kPair);
-        const u32x16 low = words << 16;
-        const u32x16 high = words & 0xffff0000u;
+        const words both = load<words>(tiles + pair * kTileRows * kPair);
+        const words low = both << 16;
+        const words high = both & 0xffff0000u;
         const float even = a[begin + pair * kPair];
         const float odd = a[begin + pair * kPair + 1];
-        even_sum =
-            multiply_add(broadcast(even), load<f32x16>(&low), even_sum);
-        odd_sum = multiply_add(broadcast(odd), load<f32x16>(&high), odd_sum);
+        even_sum = multiply_add(broadcast(even), load<floats>(&low), even_sum);
+        odd_sum = multiply_add(broadcast(odd), load<floats>(&high), odd_sum);
       }
       accumulator += even_sum + odd_sum;
       tiles += kTileElements;
@@ -52,9 +52,11 @@ struct AmxEmulatedKernel {
   void query_key(int64_t queries, const Query* query, const Element* keys,
                  int64_t, float* logits, int64_t stride) const {
     for (int64_t i = 0; i < queries; ++i) {
-      for (int64_t token = 0; token < kGroupTokens; token += kTileRows) {
-        store16(logits + i * stride + token,
-                dot(f32x16{}, query + i * dim, keys + token * dim, dim));
+      for (int64_t token = 0; token < kGroupTokens; token += kLanes) {
+        const int64_t column = token % kTileRows;
+        const Element* tiles = keys + (token - column) * dim + column * kPair;
+        store_floats(logits + i * stride + token,
+                     dot(floats{}, query + i * dim, tiles, dim));
       }
     }
   }
@@ -63,10 +65,13 @@ struct AmxEmulatedKernel {
                          int64_t stride, const Element* values, int64_t tokens,
                          int64_t block_size, float* out) const {
     for (int64_t i = 0; i < queries; ++i) {
-      for (int64_t d = 0; d < dim; d += kTileRows) {
+      for (int64_t d = 0; d < dim; d += kLanes) {
+        const int64_t column = d % kTileRows;
+        const Element* tiles =
+            values + (d - column) * block_size + column * kPair;
         float* target = out + i * dim + d;
-        store16(target, dot(load16(target), probabilities + i * stride,
-                            values + d * block_size, tokens));
+        store_floats(target, dot(load_floats(target),
+                                 probabilities + i * stride, tiles, tokens));
       }
     }
   }

@@ -1,23 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of a task's query vectors over their prefix and their path of tree rows.
-// Included once per instruction set, after simd.h.
+// Attention of a task's query vectors over their prefix and their path of tree
+// rows. Included once per instruction set, after simd.h.
 //
-// A row's keys are the prefix and its own path, and the kernel works on them as if
-// they lay one after the other, where plain decoding would have put them: the prefix
-// at 0..S-1, the path at S..S+depth. Thus all sums run in the order in which vLLM's
-// attention adds them for the same token without a tree, and the results are equal
-// bit by bit (tests/ops/test_stock_numerics.py), although the cache holds the path
-// between rows of other paths.
-//   - Scores do not depend on where a key lies: they are computed for whole groups of
+// A row's keys are the prefix and its own path, and the kernel works on them as
+// if they lay one after the other, where plain decoding would have put them:
+// the prefix at 0..S-1, the path at S..S+depth. Thus all sums run in the order
+// in which vLLM's attention adds them for the same token without a tree, and
+// the results are equal bit by bit (tests/ops/test_stock_numerics.py), although
+// the cache holds the path between rows of other paths.
+//   - Scores do not depend on where a key lies: they are computed for whole
+//   groups of
 //     the cache, and each row picks those of its path.
-//   - Values of the prefix's full groups are shared by all rows. For the last partial
-//     group and the path ("the tail") each row has its own copy of a few values.
-// Keys and values of the prefix come from memory once per task (32 query vectors); the
-// tasks of one KV head follow each other, so from the second on they come from L2.
+//   - Values of the prefix's full groups are shared by all rows. For the last
+//   partial
+//     group and the path ("the tail") each row has its own copy of a few
+//     values.
+// Keys and values of the prefix come from memory once per task (32 query
+// vectors); the tasks of one KV head follow each other, so from the second on
+// they come from L2.
 
 namespace clover2::cpu::CLOVER2_ISA {
 
-constexpr int64_t kTailTokens = 3 * kGroupTokens;  // >= 31 of the prefix + 64 rows
+constexpr int64_t kTailTokens =
+    3 * kGroupTokens;  // >= 31 of the prefix + 64 rows
 
 // Aligned memory that a thread keeps from call to call.
 inline char* scratch(size_t bytes) {
@@ -65,7 +70,8 @@ class Attention {
     kernel_.begin(queries_);
     score_tail();
     copy_prefix_tail();
-    // One round, unless vLLM would cut the rows of this task at different places.
+    // One round, unless vLLM would cut the rows of this task at different
+    // places.
     uint64_t pending = (1ull << queries_) - 1;
     while (pending != 0) {
       const Cut cut = cut_of(row_of(__builtin_ctzll(pending)));
@@ -87,8 +93,9 @@ class Attention {
     bool operator==(const Cut&) const = default;
   };
 
-  // For a single request vLLM's attention cuts the keys between its threads, unless
-  // they are few. That rounds probabilities differently, so it is done here as well.
+  // For a single request vLLM's attention cuts the keys between its threads,
+  // unless they are few. That rounds probabilities differently, so it is done
+  // here as well.
   Cut cut_of(int64_t row) const {
     const int64_t threads = problem_.split_threads;
     const int64_t length = whole_groups(prefix_ + steps_[row]);
@@ -145,15 +152,16 @@ class Attention {
         continue;
       }
       const bool keep = merged_max_[i] > max_[i];  // the larger maximum stays
-      const float factor = std::exp(keep ? max_[i] - merged_max_[i]
-                                         : merged_max_[i] - max_[i]);
+      const float factor =
+          std::exp(keep ? max_[i] - merged_max_[i] : merged_max_[i] - max_[i]);
       merged_sum_[i] = keep ? merged_sum_[i] + factor * sum_[i]
                             : factor * merged_sum_[i] + sum_[i];
       merged_max_[i] = keep ? merged_max_[i] : max_[i];
-      for (int64_t d = 0; d < problem_.dim; d += 16) {
-        const f32x16 whole = load16((keep ? merged : piece) + d);
-        const f32x16 scaled = load16((keep ? piece : merged) + d);
-        store16(merged + d, multiply_add(scaled, broadcast(factor), whole));
+      for (int64_t d = 0; d < problem_.dim; d += kLanes) {
+        const floats whole = load_floats((keep ? merged : piece) + d);
+        const floats scaled = load_floats((keep ? piece : merged) + d);
+        store_floats(merged + d,
+                     multiply_add(scaled, broadcast(factor), whole));
       }
     }
   }
@@ -176,8 +184,8 @@ class Attention {
     return block_of(position) + problem_.block_size * problem_.dim;
   }
 
-  // Rows on the path of each of the task's rows, from the root, and the length of the
-  // longest of their key sequences.
+  // Rows on the path of each of the task's rows, from the root, and the length
+  // of the longest of their key sequences.
   void find_paths() {
     const int64_t* ancestors =
         problem_.ancestors + problem_.row_offsets[task_.request];
@@ -205,12 +213,13 @@ class Attention {
     for (int64_t i = 0; i < queries_; ++i) {
       const int64_t offset = query_offset(i, problem_.query_token_stride,
                                           problem_.query_head_stride);
-      kernel_.pack_query(static_cast<const Element*>(problem_.query) + offset, i,
-                         problem_.scale, query_);
+      kernel_.pack_query(static_cast<const Element*>(problem_.query) + offset,
+                         i, problem_.scale, query_);
     }
   }
 
-  // Scores of all groups from the prefix's last, partial one to the last tree row.
+  // Scores of all groups from the prefix's last, partial one to the last tree
+  // row.
   void score_tail() {
     const int64_t rows = problem_.row_offsets[task_.request + 1] -
                          problem_.row_offsets[task_.request];
@@ -228,7 +237,8 @@ class Attention {
   }
 
   void copy_prefix_tail() {
-    // Unused places are multiplied with zero probabilities: they must be finite.
+    // Unused places are multiplied with zero probabilities: they must be
+    // finite.
     std::memset(tail_values_, 0, kTailTokens * problem_.dim * sizeof(Element));
     for (int64_t position = shared_end_; position < prefix_; ++position) {
       copy_tail_value(position, position);
@@ -245,7 +255,8 @@ class Attention {
   void attend_tile(int64_t begin, int64_t end) {
     const int64_t stride = problem_.tile_tokens;
     const int64_t shared = end < shared_end_ ? end : shared_end_;
-    for (int64_t position = begin; position < shared; position += kGroupTokens) {
+    for (int64_t position = begin; position < shared;
+         position += kGroupTokens) {
       score_group(position, logits_ + position - begin, stride);
     }
     for (int64_t i = 0; i < queries_; ++i) {
@@ -256,7 +267,8 @@ class Attention {
     add_tail_values(begin, end);
   }
 
-  // Places the path's scores behind the prefix's, then scale, soft cap and mask.
+  // Places the path's scores behind the prefix's, then scale, soft cap and
+  // mask.
   void finish_logits(int64_t query, int64_t begin, int64_t end) {
     float* logits = logits_ + query * problem_.tile_tokens;
     const float* tail = tail_logits_ + query * kTailTokens - shared_end_;
@@ -272,8 +284,8 @@ class Attention {
       }
       logits[position - begin] = score;
     }
-    for (int64_t i = 0; Kernel::kScaleLogits && i < end - begin; i += 16) {
-      store16(logits + i, load16(logits + i) * problem_.scale);
+    for (int64_t i = 0; Kernel::kScaleLogits && i < end - begin; i += kLanes) {
+      store_floats(logits + i, load_floats(logits + i) * problem_.scale);
     }
     if (problem_.softcap > 0.0f) cap(logits, end - begin);
     for (int64_t position = begin;
@@ -287,34 +299,35 @@ class Attention {
   // softcap * tanh(x / softcap), by the exponential.
   void cap(float* logits, int64_t count) const {
     const float inverse = 1.0f / problem_.softcap;
-    for (int64_t i = 0; i < count; i += 16) {
-      const f32x16 raw = load16(logits + i);
-      const f32x16 up = exponential(raw * inverse);
-      const f32x16 down = 1.0f / up;
-      const f32x16 capped = (up - down) / (up + down) * problem_.softcap;
-      store16(logits + i, raw < -1e30f ? raw : capped);
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const floats raw = load_floats(logits + i);
+      const floats up = exponential(raw * inverse);
+      const floats down = 1.0f / up;
+      const floats capped = (up - down) / (up + down) * problem_.softcap;
+      store_floats(logits + i, raw < -1e30f ? raw : capped);
     }
   }
 
-  // One round of online softmax; leaves probabilities in place of the logits. As in
-  // vLLM, a new maximum counts only if it is larger by more than 8 (e^8 is far from
-  // overflow), which saves most rescaling.
+  // One round of online softmax; leaves probabilities in place of the logits.
+  // As in vLLM, a new maximum counts only if it is larger by more than 8 (e^8
+  // is far from overflow), which saves most rescaling.
   void softmax(int64_t query, int64_t count) {
     float* logits = logits_ + query * problem_.tile_tokens;
     auto* probabilities = reinterpret_cast<Probability*>(logits);
-    f32x16 largest_so_far = broadcast(max_[query]);
-    for (int64_t i = 0; i < count; i += 16) {
-      largest_so_far = maximum(load16(logits + i), largest_so_far);
+    floats largest_so_far = broadcast(max_[query]);
+    for (int64_t i = 0; i < count; i += kLanes) {
+      largest_so_far = maximum(load_floats(logits + i), largest_so_far);
     }
     const float change = max_[query] - largest(largest_so_far);
     const bool rescale = change < -8.0f;
     if (rescale) max_[query] = largest(largest_so_far);
 
-    const f32x16 reference = broadcast(max_[query]);
-    f32x16 total = {};
-    for (int64_t i = 0; i < count; i += 16) {
-      const f32x16 probability = exponential(load16(logits + i) - reference);
-      store16(probabilities + i, probability);
+    const floats reference = broadcast(max_[query]);
+    floats total = {};
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const floats probability =
+          exponential(load_floats(logits + i) - reference);
+      store_floats(probabilities + i, probability);
       total += probability;
     }
     float new_sum = sum(total);
@@ -322,8 +335,8 @@ class Attention {
       const float factor = std::exp(change);
       new_sum += factor * sum_[query];
       float* values = sums_of_values_ + query * problem_.dim;
-      for (int64_t d = 0; d < problem_.dim; d += 16) {
-        store16(values + d, load16(values + d) * factor);
+      for (int64_t d = 0; d < problem_.dim; d += kLanes) {
+        store_floats(values + d, load_floats(values + d) * factor);
       }
     } else {
       new_sum += sum_[query];
@@ -352,7 +365,8 @@ class Attention {
     }
   }
 
-  // Row by row: all of a row's query vectors share its copy of the tail's values.
+  // Row by row: all of a row's query vectors share its copy of the tail's
+  // values.
   void add_tail_values(int64_t begin, int64_t end) {
     const int64_t tail = begin > shared_end_ ? begin : shared_end_;
     if (tail >= end) return;
@@ -377,9 +391,9 @@ class Attention {
     if (shape != 0) kernel_.begin(queries_);
   }
 
-  // Copies the values of a row's path behind the prefix's, but for those that the
-  // previous row, often a sibling, had in the same place. What an earlier row left
-  // beyond this path's end has probability zero.
+  // Copies the values of a row's path behind the prefix's, but for those that
+  // the previous row, often a sibling, had in the same place. What an earlier
+  // row left beyond this path's end has probability zero.
   void place_path_values(int64_t row) {
     for (int64_t step = 0; step < steps_[row]; ++step) {
       const uint8_t source = path_[row][step];
@@ -395,8 +409,8 @@ class Attention {
                                    problem_.out_head_stride);
     const float* values = merged_values_ + query * problem_.dim;
     const float inverse = 1.0f / merged_sum_[query];
-    for (int64_t d = 0; d < problem_.dim; d += 16) {
-      store16(target + d, load16(values + d) * inverse);
+    for (int64_t d = 0; d < problem_.dim; d += kLanes) {
+      store_floats(target + d, load_floats(values + d) * inverse);
     }
   }
 
@@ -420,8 +434,9 @@ class Attention {
   float merged_max_[kMaxQueries];
   float merged_sum_[kMaxQueries];
   uint8_t path_[kMaxTreeRows][kMaxTreeRows];
-  uint8_t steps_[kMaxTreeRows];     // rows on the path
-  uint8_t tail_row_[kMaxTreeRows];  // row whose value lies at this step, 0xff: none
+  uint8_t steps_[kMaxTreeRows];  // rows on the path
+  uint8_t
+      tail_row_[kMaxTreeRows];  // row whose value lies at this step, 0xff: none
 };
 
 }  // namespace clover2::cpu::CLOVER2_ISA

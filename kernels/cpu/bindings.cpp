@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Registers the CPU kernels. The schemas are declared in vllm_clover2/ops/schema.py.
+// Registers the CPU kernels. The schemas are declared in
+// vllm_clover2/ops/schema.py.
 //
 // Built against torch's stable ABI, so that one binary serves several torch
 // versions; setup.py has the flags.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // tree_accept on the CPU: the walk from the root along the target's choices.
-// Integers only; a request costs at most max_depth scans of its (at most 64) rows.
+// Integers only; a request costs at most max_depth scans of its (at most 64)
+// rows.
 
 #include "../common/checks.h"
 #include "ops.h"
@@ -13,8 +14,9 @@ namespace {
 
 // Writes the accepted rows to `path` and returns their number; `*next` gets the
 // target's choice after the last of them.
-int32_t walk(const int64_t* target, const int64_t* draft, const int32_t* parents,
-             int64_t rows, int64_t max_depth, int32_t* path, int64_t* next) {
+int32_t walk(const int64_t* target, const int64_t* draft,
+             const int32_t* parents, int64_t rows, int64_t max_depth,
+             int32_t* path, int64_t* next) {
   int32_t accepted = 0;
   int64_t node = 0;
   *next = target[0];
@@ -55,10 +57,10 @@ std::tuple<Tensor, Tensor, Tensor> tree_accept(
   for (int64_t request = 0; request < requests; ++request) {
     const int64_t first = offsets[request];
     const int64_t rows = offsets[request + 1] - first;
-    STD_TORCH_CHECK(
-        rows >= 0 && first >= 0 && first + rows <= parents.size(0),
-        "row_offsets must ascend within the ", parents.size(0),
-        " rows; request ", request, " has rows ", first, " to ", first + rows);
+    STD_TORCH_CHECK(rows >= 0 && first >= 0 && first + rows <= parents.size(0),
+                    "row_offsets must ascend within the ", parents.size(0),
+                    " rows; request ", request, " has rows ", first, " to ",
+                    first + rows);
     length[request] = 0;
     next[request] = -1;
     if (rows == 0) continue;

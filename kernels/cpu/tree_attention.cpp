@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// tree_attention on the CPU: checks, division of the work, choice of the kernel. The
-// arithmetic is in attention.h.
+// tree_attention on the CPU: checks, division of the work, choice of the
+// kernel. The arithmetic is in attention.h.
 
 #include "tree_attention.h"
 
@@ -20,22 +20,28 @@ namespace clover2::cpu {
 
 namespace {
 
-// CLOVER2_CPU_ISA=portable tests what machines without AVX-512 and AMX run.
+// The best kernel for this machine. CLOVER2_CPU_ISA=avx2 or portable tests what
+// lesser machines run.
 AttentionKernel choose_kernel(KVLayout layout) {
-  const char* wanted = std::getenv("CLOVER2_CPU_ISA");
-  if (wanted != nullptr && std::strcmp(wanted, "portable") == 0) {
-    return portable_attention();
+  const char* limit = std::getenv("CLOVER2_CPU_ISA");
+  const bool best = limit == nullptr || *limit == '\0';
+  const bool avx2 = best || std::strcmp(limit, "avx2") == 0;
+  AttentionKernel kernel = nullptr;
+  if (layout == KVLayout::kAmx) {
+    if (best) kernel = amx_attention();
+  } else {
+    if (best) kernel = avx512_attention();
+    if (avx2 && kernel == nullptr) kernel = avx2_attention();
   }
-  const AttentionKernel kernel =
-      layout == KVLayout::kAmx ? amx_attention() : avx512_attention();
   return kernel != nullptr ? kernel : portable_attention();
 }
 
-// Tokens whose logits are kept between two rounds of online softmax: half of L2, as
-// in vLLM's attention for one decode token (8,192 for a L2 of 2 MiB and D = 64), so
-// that both round at the same places.
+// Tokens whose logits are kept between two rounds of online softmax: half of
+// L2, as in vLLM's attention for one decode token (8,192 for a L2 of 2 MiB and
+// D = 64), so that both round at the same places.
 int64_t tile_tokens(int64_t dim) {
-  const int64_t l2 = std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 512 << 10);
+  const int64_t l2 =
+      std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 512 << 10);
   const int64_t query_bytes = kMaxQueries * dim * (2 + 4);
   const int64_t tokens =
       (l2 / 2 - query_bytes) / int64_t{kMaxQueries * sizeof(float)};
@@ -43,12 +49,14 @@ int64_t tile_tokens(int64_t dim) {
 }
 
 // vLLM divides the keys of one lone request between its threads, and of several
-// requests in ways that depend on all of them; only the first can be repeated here.
-// Not repeated either: head sizes for which it uses other groups (80, 112), windows.
+// requests in ways that depend on all of them; only the first can be repeated
+// here. Not repeated either: head sizes for which it uses other groups (80,
+// 112), windows.
 int64_t split_threads(const AttentionShape& shape, int64_t sliding_window) {
   const char* enabled = std::getenv("VLLM_CPU_ATTN_SPLIT_KV");
   const bool off = enabled != nullptr && std::strcmp(enabled, "0") == 0;
-  if (off || shape.requests != 1 || sliding_window >= 0 || shape.dim % 32 != 0) {
+  if (off || shape.requests != 1 || sliding_window >= 0 ||
+      shape.dim % 32 != 0) {
     return 1;
   }
   return torch::stable::get_num_threads();
@@ -67,9 +75,9 @@ void check_rows(const AttentionProblem& problem, const Tensor& query,
                   " rows, request ", request, " has ", rows);
   if (rows == 0) return;
   const int64_t token = problem.query_starts[request];
-  STD_TORCH_CHECK(token >= 0 && token + rows <= query.size(0),
-                  "query_starts[", request, "] = ", token, " and ", rows,
-                  " rows exceed the ", query.size(0), " tokens of query");
+  STD_TORCH_CHECK(token >= 0 && token + rows <= query.size(0), "query_starts[",
+                  request, "] = ", token, " and ", rows, " rows exceed the ",
+                  query.size(0), " tokens of query");
   const int64_t length = problem.prefix_lens[request] + rows;
   STD_TORCH_CHECK(problem.prefix_lens[request] >= 0 &&
                       length <= block_table.size(1) * problem.block_size,
@@ -83,22 +91,24 @@ void check_rows(const AttentionProblem& problem, const Tensor& query,
   }
 }
 
-// Query vectors are split evenly into tasks of whole AMX tiles; smaller tasks when
-// there would not be enough of them to keep all threads busy.
+// Query vectors are split evenly into tasks of whole AMX tiles; smaller tasks
+// when there would not be enough of them to keep all threads busy.
 std::vector<AttentionTask> divide(const AttentionProblem& problem,
                                   int64_t requests) {
   int64_t full_tasks = 0;
   for (int64_t i = 0; i < requests; ++i) {
-    const int64_t vectors = (problem.row_offsets[i + 1] - problem.row_offsets[i]) *
-                            problem.heads_per_kv;
+    const int64_t vectors =
+        (problem.row_offsets[i + 1] - problem.row_offsets[i]) *
+        problem.heads_per_kv;
     full_tasks += (vectors + kMaxQueries - 1) / kMaxQueries * problem.kv_heads;
   }
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t size = full_tasks >= 2 * threads ? kMaxQueries : kTileRows;
   std::vector<AttentionTask> tasks;
   for (int64_t i = 0; i < requests; ++i) {
-    const int64_t vectors = (problem.row_offsets[i + 1] - problem.row_offsets[i]) *
-                            problem.heads_per_kv;
+    const int64_t vectors =
+        (problem.row_offsets[i + 1] - problem.row_offsets[i]) *
+        problem.heads_per_kv;
     for (int64_t head = 0; head < problem.kv_heads; ++head) {
       for (int64_t first = 0; first < vectors; first += size) {
         tasks.push_back({i, head, first, std::min(first + size, vectors)});
@@ -123,8 +133,8 @@ void run_tasks(const AttentionProblem& problem,
   });
 }
 
-// A cache of layout kStrided, on the CPU only used in tests, is copied to layout kVec:
-// one block per request, as long as the longest request.
+// A cache of layout kStrided, on the CPU only used in tests, is copied to
+// layout kVec: one block per request, as long as the longest request.
 class StridedCopy {
  public:
   StridedCopy(AttentionProblem& problem, const Tensor& kv_cache,
@@ -136,7 +146,8 @@ class StridedCopy {
     const int64_t block =
         (longest + kGroupTokens - 1) / kGroupTokens * kGroupTokens;
     const int64_t bytes = kv_cache.element_size();
-    memory_.resize(requests * problem.kv_heads * 2 * block * problem.dim * bytes);
+    memory_.resize(requests * problem.kv_heads * 2 * block * problem.dim *
+                   bytes);
     for (int64_t i = 0; i < requests; ++i) {
       for (int64_t position = 0; position < length(problem, i); ++position) {
         copy_token(problem, kv_cache, i, position, block);
@@ -169,8 +180,8 @@ class StridedCopy {
           (source_block * kv_cache.stride(0) + head * kv_cache.stride(1) +
            position % problem.block_size * kv_cache.stride(2)) *
               bytes;
-      char* target = memory_.data() +
-                     (request * problem.kv_heads + head) * 2 * block * dim * bytes;
+      char* target = memory_.data() + (request * problem.kv_heads + head) * 2 *
+                                          block * dim * bytes;
       for (int64_t d = 0; d < dim; ++d) {
         const int64_t step = kv_cache.stride(3) * bytes;
         std::memcpy(target + vec_key(position, d, block) * bytes,
@@ -194,16 +205,18 @@ void check_layout(const AttentionProblem& problem, const Tensor& kv_cache) {
                   "the head size must be a multiple of 16 on the CPU, found ",
                   problem.dim);
   if (problem.layout == KVLayout::kStrided) return;
-  STD_TORCH_CHECK(kv_cache.is_contiguous(),
-                  "caches in the layouts VEC and AMX must be contiguous; pass the "
-                  "layer's cache tensor itself, not a view");
+  STD_TORCH_CHECK(
+      kv_cache.is_contiguous(),
+      "caches in the layouts VEC and AMX must be contiguous; pass the "
+      "layer's cache tensor itself, not a view");
   STD_TORCH_CHECK(problem.block_size % kGroupTokens == 0,
                   "the block size must be a multiple of ", kGroupTokens,
                   " on the CPU, found ", problem.block_size);
   STD_TORCH_CHECK(problem.layout != KVLayout::kAmx ||
                       (dtype == ScalarType::BFloat16 && problem.dim % 32 == 0),
                   "the AMX layout needs bfloat16 and a head size that is a "
-                  "multiple of 32, found head size ", problem.dim);
+                  "multiple of 32, found head size ",
+                  problem.dim);
 }
 
 }  // namespace
@@ -223,19 +236,30 @@ void tree_attention(const Tensor& query,     // [tokens, heads, D]
                            query_starts, row_offsets, ancestors, out);
   STD_TORCH_CHECK(layout >= 0 && layout <= 2,
                   "layout must be a KVLayout (0, 1 or 2), found ", layout);
-  AttentionProblem problem{
-      query.const_data_ptr(), query.stride(0), query.stride(1),
-      out.mutable_data_ptr(), out.stride(0), out.stride(1),
-      kv_cache.const_data_ptr(),
-      block_table.const_data_ptr<int32_t>(), block_table.stride(0),
-      prefix_lens.const_data_ptr<int32_t>(),
-      query_starts.const_data_ptr<int32_t>(),
-      row_offsets.const_data_ptr<int32_t>(),
-      ancestors.const_data_ptr<int64_t>(),
-      shape.kv_heads, shape.heads / shape.kv_heads, shape.dim, shape.block_size,
-      split_threads(shape, sliding_window), tile_tokens(shape.dim), static_cast<float>(scale),
-      static_cast<float>(softcap), sliding_window, query.scalar_type(),
-      static_cast<KVLayout>(layout)};
+  AttentionProblem problem{query.const_data_ptr(),
+                           query.stride(0),
+                           query.stride(1),
+                           out.mutable_data_ptr(),
+                           out.stride(0),
+                           out.stride(1),
+                           kv_cache.const_data_ptr(),
+                           block_table.const_data_ptr<int32_t>(),
+                           block_table.stride(0),
+                           prefix_lens.const_data_ptr<int32_t>(),
+                           query_starts.const_data_ptr<int32_t>(),
+                           row_offsets.const_data_ptr<int32_t>(),
+                           ancestors.const_data_ptr<int64_t>(),
+                           shape.kv_heads,
+                           shape.heads / shape.kv_heads,
+                           shape.dim,
+                           shape.block_size,
+                           split_threads(shape, sliding_window),
+                           tile_tokens(shape.dim),
+                           static_cast<float>(scale),
+                           static_cast<float>(softcap),
+                           sliding_window,
+                           query.scalar_type(),
+                           static_cast<KVLayout>(layout)};
   check_layout(problem, kv_cache);
   for (int64_t request = 0; request < shape.requests; ++request) {
     check_rows(problem, query, ancestors, block_table, request);

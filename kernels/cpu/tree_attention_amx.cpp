@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The attention kernel for layout kAmx with Intel's matrix unit (bf16 tiles, float32
-// sums).
+// The attention kernel for layout kAmx with Intel's matrix unit (bf16 tiles,
+// float32 sums).
 //
-// Tiles: 0, 1 query vectors 0-15 and 16-31 (or their probabilities); 2, 3 two B tiles
-// side by side; 4, 5 and 6, 7 their results for the two halves. The unit's tiles are
-// invisible to the compiler: a barrier keeps memory accesses on their side of them.
+// Tiles: 0, 1 query vectors 0-15 and 16-31 (or their probabilities); 2, 3 two B
+// tiles side by side; 4, 5 and 6, 7 their results for the two halves. The
+// unit's tiles are invisible to the compiler: a barrier keeps memory accesses
+// on their side of them.
 
 #include "tree_attention.h"
 
@@ -35,7 +36,7 @@ using torch::headeronly::ScalarType;
 }  // namespace clover2::cpu
 
   #define CLOVER2_ISA amx
-  #define CLOVER2_AVX512
+  #define CLOVER2_LANES 16
   #include "simd.h"
   #include "attention.h"
 
@@ -60,7 +61,7 @@ struct AmxKernel {
   using Query = BFloat16;
   using Probability = BFloat16;
   static constexpr int64_t kLeastPiece = 128;  // of keys, in vLLM's division
-  static constexpr bool kScaleLogits = true;  // queries stay exact bf16 values
+  static constexpr bool kScaleLogits = true;   // queries stay exact bf16 values
 
   explicit AmxKernel(int64_t dim) : dim(dim) {}
 
@@ -96,9 +97,13 @@ struct AmxKernel {
   // logits[queries][32] of one token group.
   void query_key(int64_t queries, const Query* query, const Element* keys,
                  int64_t, float* logits, int64_t stride) const {
-    const Operands operands{query, kTileElements, kRowBytes,
+    const Operands operands{query,
+                            kTileElements,
+                            kRowBytes,
                             kTileRows * dim,  // queries of the second half
-                            keys, kTileRows * dim, dim};
+                            keys,
+                            kTileRows * dim,
+                            dim};
     multiply<false>(queries, operands, logits, stride);
   }
 
@@ -107,10 +112,12 @@ struct AmxKernel {
                          int64_t stride, const Element* values, int64_t tokens,
                          int64_t block_size, float* out) const {
     for (int64_t d = 0; d < dim; d += 2 * kTileRows) {
-      const Operands operands{probabilities, kTileDepth,
+      const Operands operands{probabilities,
+                              kTileDepth,
                               stride * int64_t{sizeof(Probability)},
                               kTileRows * stride,
-                              values + d * block_size, kTileRows * block_size,
+                              values + d * block_size,
+                              kTileRows * block_size,
                               tokens};
       multiply<true>(queries, operands, out + d, dim);
     }
@@ -122,7 +129,8 @@ struct AmxKernel {
     source += amx_value(source_token, 0, source_block, 0);
     target += amx_value(target_token, 0, target_block, 0);
     for (int64_t d = 0; d < dim; d += kTileRows) {
-      for (int64_t i = 0; i < kTileRows; ++i) target[i * kPair] = source[i * kPair];
+      for (int64_t i = 0; i < kTileRows; ++i)
+        target[i * kPair] = source[i * kPair];
       source += kTileRows * source_block;
       target += kTileRows * target_block;
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The attention kernel for every layout and dtype with the compiler's default
-// instructions: what machines without AVX-512 or AMX run.
+// instructions: what other machines run.
 
 #include "tree_attention.h"
 
@@ -21,29 +21,21 @@ using torch::headeronly::ScalarType;
 }  // namespace clover2::cpu
 
 #define CLOVER2_ISA portable
+#define CLOVER2_LANES 4
 #include "simd.h"
 #include "vec_kernel.h"
 #include "amx_emulated.h"
 #include "attention.h"
+#include "attend_vec.h"
 
 namespace clover2::cpu {
 namespace {
 
 void attend(const AttentionProblem& problem, const AttentionTask& task) {
-  using portable::AmxEmulatedKernel;
-  using portable::Attention;
-  using portable::VecKernel;
-  if (problem.layout == KVLayout::kAmx) {
-    return Attention<AmxEmulatedKernel>(problem, task).run();
+  if (problem.layout != KVLayout::kAmx) {
+    return portable::attend_vec(problem, task);
   }
-  switch (problem.dtype) {
-    case ScalarType::Float:
-      return Attention<VecKernel<float>>(problem, task).run();
-    case ScalarType::BFloat16:
-      return Attention<VecKernel<BFloat16>>(problem, task).run();
-    default:
-      return Attention<VecKernel<Half>>(problem, task).run();
-  }
+  portable::Attention<portable::AmxEmulatedKernel>(problem, task).run();
 }
 
 }  // namespace

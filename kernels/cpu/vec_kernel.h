@@ -1,54 +1,58 @@
 // SPDX-License-Identifier: Apache-2.0
-// The products of attention over a cache in layout kVec: float vectors, a token group
-// of keys (or 32 dimensions of values) per register pair. Included once per
-// instruction set, after simd.h.
+// The products of attention over a cache in layout kVec: float vectors, a token
+// group of keys (or 32 dimensions of values) per register pair. Included once
+// per instruction set, after simd.h.
 
 namespace clover2::cpu::CLOVER2_ISA {
 
-// c[M][16 * N] (+)= a[M][depth] * b[depth][16 * N]; accumulators stay in registers.
+// c[M][16 * N] (+)= a[M][depth] * b[depth][16 * N]; accumulators stay in
+// registers.
 template <int M, int N, bool kAccumulate, typename Element>
 CLOVER2_INLINE void multiply_block(const float* a, int64_t lda,
-                                   const Element* b, int64_t ldb,
-                                   int64_t depth, float* c, int64_t ldc) {
-  f32x16 accumulator[M][N];
+                                   const Element* b, int64_t ldb, int64_t depth,
+                                   float* c, int64_t ldc) {
+  constexpr int V = 16 * N / kLanes;
+  floats accumulator[M][V];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) {
-      accumulator[i][n] = kAccumulate ? load16(c + i * ldc + n * 16) : f32x16{};
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      accumulator[i][v] =
+          kAccumulate ? load_floats(c + i * ldc + v * kLanes) : floats{};
     }
   }
   for (int64_t k = 0; k < depth; ++k) {
-    f32x16 right[N];
-#pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) right[n] = load16(b + k * ldb + n * 16);
+    floats right[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v)
+      right[v] = load_floats(b + k * ldb + v * kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
-      const f32x16 left = broadcast(a[i * lda + k]);
-#pragma GCC unroll 2
-      for (int n = 0; n < N; ++n) {
-        accumulator[i][n] = multiply_add(left, right[n], accumulator[i][n]);
+      const floats left = broadcast(a[i * lda + k]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        accumulator[i][v] = multiply_add(left, right[v], accumulator[i][v]);
       }
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) store16(c + i * ldc + n * 16, accumulator[i][n]);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      store_floats(c + i * ldc + v * kLanes, accumulator[i][v]);
+    }
   }
 }
 
-// As many rows as accumulators fit into registers.
-#ifdef CLOVER2_AVX512
-constexpr int kRowsAtOnce = 8;
-#else
-constexpr int kRowsAtOnce = 2;
-#endif
+// As many rows as accumulators of 32 columns fit into the registers: 32 with
+// AVX-512, else 16.
+constexpr int kRowsAtOnce = kLanes == 16 ? 8 : kLanes == 8 ? 2 : 1;
 
 // multiply_block for any number of rows: M at once, then M / 2, ..
 template <int N, bool kAccumulate, int M = kRowsAtOnce, typename Element>
-inline void multiply(int64_t rows, const float* a, int64_t lda, const Element* b,
-                     int64_t ldb, int64_t depth, float* c, int64_t ldc) {
+inline void multiply(int64_t rows, const float* a, int64_t lda,
+                     const Element* b, int64_t ldb, int64_t depth, float* c,
+                     int64_t ldc) {
   for (; rows >= M; rows -= M, a += M * lda, c += M * ldc) {
     multiply_block<M, N, kAccumulate>(a, lda, b, ldb, depth, c, ldc);
   }
@@ -57,22 +61,23 @@ inline void multiply(int64_t rows, const float* a, int64_t lda, const Element* b
   }
 }
 
-// The interface that Attention (attention.h) needs of a layout. Positions of keys and
-// values are given as a pointer to the first of a run of whole groups in one block.
+// The interface that Attention (attention.h) needs of a layout. Positions of
+// keys and values are given as a pointer to the first of a run of whole groups
+// in one block.
 template <typename ElementType>
 struct VecKernel {
   using Element = ElementType;
-  using Query = float;         // packed queries
-  using Probability = float;   // what the values are multiplied with
-  static constexpr int64_t kLeastPiece = 32;  // of keys, in vLLM's division
+  using Query = float;        // packed queries
+  using Probability = float;  // what the values are multiplied with
+  static constexpr int64_t kLeastPiece = 32;   // of keys, in vLLM's division
   static constexpr bool kScaleLogits = false;  // the packed queries are scaled
 
   explicit VecKernel(int64_t dim) : dim(dim) {}
 
   void pack_query(const Element* source, int64_t index, float scale,
                   Query* packed) const {
-    for (int64_t d = 0; d < dim; d += 16) {
-      store16(packed + index * dim + d, load16(source + d) * scale);
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      store_floats(packed + index * dim + d, load_floats(source + d) * scale);
     }
   }
 

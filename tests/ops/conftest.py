@@ -16,18 +16,18 @@ from vllm_clover2.ops import reference
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-@pytest.fixture(params=["native", "portable", "reference"])
+@pytest.fixture(params=["native", "avx2", "portable", "reference"])
 def run_op(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Any]:
     """Calls an op by name in one of its implementations.
 
-    `native` is what this machine's CPU chooses, `portable` the compiled code without
-    AVX-512 and AMX.
+    `native` is what the library chooses for this machine, `avx2` and `portable` what it
+    chooses for lesser ones.
     """
     if request.param == "reference":
         return lambda name, **arguments: getattr(reference, name)(**arguments)
     assert ops.backend("cpu") == "native", "build the ops first (make test does)"
-    if request.param == "portable":
-        monkeypatch.setenv("CLOVER2_CPU_ISA", "portable")
+    if request.param != "native":
+        monkeypatch.setenv("CLOVER2_CPU_ISA", request.param)
     return lambda name, **arguments: getattr(torch.ops.clover2, name)(**arguments)
