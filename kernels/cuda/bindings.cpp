@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Checks tensors, fills in the kernels' parameters and registers the CUDA kernels. The
-// schemas are declared in vllm_clover2/ops/schema.py.
+// Checks tensors, fills in the kernels' parameters and registers the CUDA
+// kernels. The schemas are declared in vllm_clover2/ops/schema.py.
 //
-// Built against torch's stable ABI, so that one binary serves several torch versions.
-// Everything goes to the current stream of the tensors' device; scratch memory comes
-// from torch's allocator.
+// Built against torch's stable ABI, so that one binary serves several torch
+// versions. Everything goes to the current stream of the tensors' device;
+// scratch memory comes from torch's allocator.
 #ifndef USE_CUDA
   #define USE_CUDA  // torch's headers then declare the functions about streams
 #endif
@@ -27,7 +27,7 @@
 namespace clover2 {
 namespace {
 
-constexpr int64_t kAlignment = 16;      // of every row, for 16-byte copies
+constexpr int64_t kAlignment = 16;       // of every row, for 16-byte copies
 constexpr int64_t kMaxRequests = 65535;  // a grid's limit
 
 using torch::stable::accelerator::DeviceGuard;
@@ -48,10 +48,10 @@ DeviceLimits device_limits(int32_t device) {
   check_launch(cudaDeviceGetAttribute(&limits.multiprocessors,
                                       cudaDevAttrMultiProcessorCount, device),
                "tree_attention");
-  check_launch(
-      cudaDeviceGetAttribute(&limits.shared_bytes,
-                             cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
-      "tree_attention");
+  check_launch(cudaDeviceGetAttribute(
+                   &limits.shared_bytes,
+                   cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+               "tree_attention");
   return limits;
 }
 
@@ -77,11 +77,11 @@ void check_aligned(const Tensor& tensor, const char* name) {
       reinterpret_cast<uintptr_t>(tensor.data_ptr()) % kAlignment == 0, name,
       " must begin at a multiple of ", kAlignment, " bytes");
   for (int64_t axis = 0; axis + 1 < tensor.dim(); ++axis) {
-    STD_TORCH_CHECK(tensor.size(axis) <= 1 ||
-                        tensor.stride(axis) * bytes % kAlignment == 0,
-                    "strides of ", name, " must be multiples of ", kAlignment,
-                    " bytes; dimension ", axis, " has stride ",
-                    tensor.stride(axis), " elements of ", bytes, " bytes");
+    STD_TORCH_CHECK(
+        tensor.size(axis) <= 1 || tensor.stride(axis) * bytes % kAlignment == 0,
+        "strides of ", name, " must be multiples of ", kAlignment,
+        " bytes; dimension ", axis, " has stride ", tensor.stride(axis),
+        " elements of ", bytes, " bytes");
   }
 }
 
@@ -99,9 +99,11 @@ AttentionType attention_type(const Tensor& query) {
 }
 
 void check_attention_device(const Tensor& query, const Tensor& kv_cache,
-                            const Tensor& block_table, const Tensor& prefix_lens,
-                            const Tensor& query_starts, const Tensor& row_offsets,
-                            const Tensor& ancestors, const Tensor& out) {
+                            const Tensor& block_table,
+                            const Tensor& prefix_lens,
+                            const Tensor& query_starts,
+                            const Tensor& row_offsets, const Tensor& ancestors,
+                            const Tensor& out) {
   const int32_t device = query.get_device_index();
   check_device(query, "query", device);
   check_device(kv_cache, "kv_cache", device);
@@ -166,8 +168,8 @@ void tree_attention(const Tensor& query, const Tensor& kv_cache, int64_t layout,
   STD_TORCH_CHECK(scale > 0.0, "scale must be positive, found ", scale);
   check_requests(shape.requests);
   if (ancestors.size(0) == 0 || shape.requests == 0) return;
-  check_attention_device(query, kv_cache, block_table, prefix_lens, query_starts,
-                         row_offsets, ancestors, out);
+  check_attention_device(query, kv_cache, block_table, prefix_lens,
+                         query_starts, row_offsets, ancestors, out);
   const AttentionType type = attention_type(query);
   const int32_t device = query.get_device_index();
   const DeviceGuard guard(device);
@@ -183,8 +185,9 @@ void tree_attention(const Tensor& query, const Tensor& kv_cache, int64_t layout,
 
   Tensor partial;  // freed on return: the allocator keeps it for this stream
   if (params.max_splits > 1) {
-    const int64_t parts =
-        params.max_splits * static_cast<int64_t>(params.total_rows) * params.heads;
+    const int64_t parts = params.max_splits *
+                          static_cast<int64_t>(params.total_rows) *
+                          params.heads;
     partial = torch::stable::new_empty(query, {parts * (shape.dim + 2)},
                                        ScalarType::Float);
     params.partial_out = static_cast<float*>(partial.data_ptr());
@@ -199,8 +202,8 @@ std::tuple<Tensor, Tensor, Tensor> tree_accept(const Tensor& target_tokens,
                                                const Tensor& parents,
                                                const Tensor& row_offsets,
                                                int64_t max_depth) {
-  const int64_t requests = check_tree_accept(target_tokens, draft_tokens, parents,
-                                             row_offsets, max_depth);
+  const int64_t requests = check_tree_accept(target_tokens, draft_tokens,
+                                             parents, row_offsets, max_depth);
   const int32_t device = target_tokens.get_device_index();
   check_device(target_tokens, "target_tokens", device);
   check_device(draft_tokens, "draft_tokens", device);
@@ -262,7 +265,8 @@ void commit_kv(std::vector<Tensor> kv_caches, int64_t layout,
   params.block_table_stride = block_table.stride(0);
   params.requests = static_cast<int>(requests);
   params.max_depth = static_cast<int>(paths.size(1));
-  // One launch, unless layers differ in strides or exceed a launch's parameters.
+  // One launch, unless layers differ in strides or exceed a launch's
+  // parameters.
   for (size_t first = 0; first < kv_caches.size();) {
     const Tensor& cache = kv_caches[first];
     const int64_t bytes = static_cast<int64_t>(cache.element_size());

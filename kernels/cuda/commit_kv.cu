@@ -1,15 +1,16 @@
-// SPDX-License-Identifier: Apache-2.0 Moves the KV of accepted tree rows to the
-// positions right after the root: key prefix + path[i - 1] to key prefix + i, in all
-// layers and for all requests in one launch.
+// SPDX-License-Identifier: Apache-2.0
+// Moves the KV of accepted tree rows to the positions right after the root: key
+// prefix + path[i - 1] to key prefix + i, in all layers and for all requests in
+// one launch.
 //
-// Memory traffic: what moves, read once and written once; rows that are in place
-// already (every path that starts 1, 2, .. does so) are not touched.
+// Memory traffic: what moves, read once and written once; rows that are in
+// place already (every path that starts 1, 2, .. does so) are not touched.
 //
-// Sources and destinations overlap. A thread moves the same 16 bytes of every row of
-// the path and reads up to kBatch of them before it writes any; no other thread
-// touches these bytes. Over batches this is right because the rows of a path
-// increase: path[i - 1] >= i, so what a batch overwrites, prefix + i, can only be the
-// source of its own rows or of earlier ones.
+// Sources and destinations overlap. A thread moves the same 16 bytes of every
+// row of the path and reads up to kBatch of them before it writes any; no other
+// thread touches these bytes. Over batches this is right because the rows of a
+// path increase: path[i - 1] >= i, so what a batch overwrites, prefix + i, can
+// only be the source of its own rows or of earlier ones.
 //
 // Limits: layers of one shape and one set of strides per launch, at most
 // kMaxCommitLayers.
@@ -37,8 +38,8 @@ __device__ __forceinline__ Unit* find_unit(const CommitKvParams& p, int request,
   return reinterpret_cast<Unit*>(layer + offset + unit_offset);
 }
 
-// A thread per unit of bytes of a token's K and V over all heads; blockIdx: units,
-// layer, request.
+// A thread per unit of bytes of a token's K and V over all heads; blockIdx:
+// units, layer, request.
 template <typename Unit>
 __global__ void __launch_bounds__(kCommitThreads)
     commit_kv_kernel(const CommitKvParams p) {
@@ -53,8 +54,7 @@ __global__ void __launch_bounds__(kCommitThreads)
       unit / units_per_head * p.head_stride +
       unit % units_per_head * static_cast<int64_t>(sizeof(Unit));
   const int prefix = p.prefix_lens[request];
-  const int32_t* path =
-      p.paths + static_cast<int64_t>(request) * p.max_depth;
+  const int32_t* path = p.paths + static_cast<int64_t>(request) * p.max_depth;
 
   for (int first = 0; first < length; first += kBatch) {
     Unit moved[kBatch];
@@ -62,7 +62,8 @@ __global__ void __launch_bounds__(kCommitThreads)
     for (int i = 0; i < kBatch; ++i) {
       const int step = first + i;
       if (step < length && path[step] != step + 1) {
-        moved[i] = *find_unit<Unit>(p, request, prefix + path[step], unit_offset);
+        moved[i] =
+            *find_unit<Unit>(p, request, prefix + path[step], unit_offset);
       }
     }
 #pragma unroll
@@ -104,9 +105,11 @@ int launch_commit_kv(const CommitKvParams& params, void* stream) {
     return 0;
   }
   const Stream on = static_cast<Stream>(stream);
-  // One-byte units serve caches whose rows are not 16-byte aligned: slow, but right.
-  return all_aligned(params, sizeof(Bytes16)) ? launch<Bytes16>(params, on)
-                                              : launch<unsigned char>(params, on);
+  // One-byte units serve caches whose rows are not 16-byte aligned: slow, but
+  // right.
+  return all_aligned(params, sizeof(Bytes16))
+             ? launch<Bytes16>(params, on)
+             : launch<unsigned char>(params, on);
 }
 
 }  // namespace clover2

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Entry points of the CUDA kernels, free of torch: plain pointers, sizes and strides.
+// Entry points of the CUDA kernels, free of torch: plain pointers, sizes and
+// strides.
 //
-// bindings.cpp checks the tensors and fills these in. Strides count elements unless a
-// name says bytes. Every function returns a cudaError_t as an int (0: launched),
-// never waits for the device and never reads from it, so that all of them can be
-// captured in a CUDA graph.
+// bindings.cpp checks the tensors and fills these in. Strides count elements
+// unless a name says bytes. Every function returns a cudaError_t as an int (0:
+// launched), never waits for the device and never reads from it, so that all of
+// them can be captured in a CUDA graph.
 #pragma once
 
 #include <cstdint>
@@ -22,9 +23,11 @@ struct TreeAttentionParams {
   const int32_t* query_starts;
   const int32_t* row_offsets;
   const int64_t* ancestors;
-  // Partial results, one per split, rows and heads packed; null if there is one split.
-  float* partial_out;    // [splits, total_rows, heads, D], not normalised
-  float* partial_stats;  // [splits, total_rows, heads, 2]: maximum (base 2), sum
+  // Partial results, one per split, rows and heads packed; null if there is one
+  // split.
+  float* partial_out;  // [splits, total_rows, heads, D], not normalised
+  float*
+      partial_stats;  // [splits, total_rows, heads, 2]: maximum (base 2), sum
   int64_t query_token_stride, query_head_stride;
   int64_t out_token_stride, out_head_stride;
   int64_t cache_block_stride, cache_head_stride, cache_slot_stride;
@@ -66,16 +69,16 @@ struct TreeAcceptParams {
 
 int launch_tree_accept(const TreeAcceptParams& params, void* stream);
 
-// Layers per launch: their pointers travel in the kernel's parameters, of which 4 KiB
-// are allowed on every device.
+// Layers per launch: their pointers travel in the kernel's parameters, of which
+// 4 KiB are allowed on every device.
 constexpr int kMaxCommitLayers = 256;
 
 struct CommitKvParams {
   void* layers[kMaxCommitLayers];  // each [blocks, kv_heads, block_size, 2 * D]
   const int32_t* block_table;
   const int32_t* prefix_lens;
-  const int32_t* paths;    // [requests, max_depth]
-  const int32_t* lengths;  // [requests]
+  const int32_t* paths;                            // [requests, max_depth]
+  const int32_t* lengths;                          // [requests]
   int64_t block_stride, head_stride, slot_stride;  // of every layer, in bytes
   int64_t block_table_stride;
   int64_t row_bytes;  // K and V of one token and head

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// The walk from each tree's root down to the last row whose token the target picked.
+// The walk from each tree's root down to the last row whose token the target
+// picked.
 //
-// One warp per request: at each row its lanes compare 32 candidates at a time with what
-// the target picked there, and the first match in row order is the next row. Integers
-// only, exact.
+// One warp per request: at each row its lanes compare 32 candidates at a time
+// with what the target picked there, and the first match in row order is the
+// next row. Integers only, exact.
 //
 // Memory traffic: the request's parents and tokens (16 bytes per row) once from
-// device memory and then from L1, one target token per visited row. A launch takes as
-// long as the deepest path's dependent loads, about a microsecond.
+// device memory and then from L1, one target token per visited row. A launch
+// takes as long as the deepest path's dependent loads, about a microsecond.
 //
 // Limits: none; trees of more than 64 rows work too.
 #include "device.cuh"
@@ -19,8 +20,8 @@ namespace {
 constexpr int kAcceptThreads = 64;  // two requests per block
 constexpr int kAcceptWarps = kAcceptThreads / kWarpSize;
 
-// The first row after `node` whose parent is `node` and whose token is `token`, or
-// -1. A row comes after its parent. All lanes return the same.
+// The first row after `node` whose parent is `node` and whose token is `token`,
+// or -1. A row comes after its parent. All lanes return the same.
 __device__ __forceinline__ int find_child(const TreeAcceptParams& p, int begin,
                                           int rows, int node, int64_t token) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
@@ -66,10 +67,10 @@ __global__ void __launch_bounds__(kAcceptThreads)
 
 int launch_tree_accept(const TreeAcceptParams& params, void* stream) {
   if (params.requests == 0) return 0;
-  const unsigned blocks =
-      static_cast<unsigned>((params.requests + kAcceptWarps - 1) / kAcceptWarps);
-  return launch_kernel(tree_accept_kernel, Grid{blocks, 1, 1}, kAcceptThreads, 0,
-                       static_cast<Stream>(stream), params);
+  const unsigned blocks = static_cast<unsigned>(
+      (params.requests + kAcceptWarps - 1) / kAcceptWarps);
+  return launch_kernel(tree_accept_kernel, Grid{blocks, 1, 1}, kAcceptThreads,
+                       0, static_cast<Stream>(stream), params);
 }
 
 }  // namespace clover2

@@ -1,19 +1,20 @@
-// SPDX-License-Identifier: Apache-2.0 Tree attention over a paged KV cache: out =
-// softmax(q K^T) V, where a tree row sees its request's committed prefix and its own
-// ancestors.
+// SPDX-License-Identifier: Apache-2.0
+// Tree attention over a paged KV cache: out = softmax(q K^T) V, where a tree
+// row sees its request's committed prefix and its own ancestors.
 //
-// Fused: paging, the ancestor mask, grouped heads, soft-cap, sliding window; every
-// request has its own tree and length. FlashDecoding style: the keys of a request
-// (prefix, then tree rows, whose mask falls to the last splits) are split between
-// blocks of threads, so that one long request fills the chip; a second kernel merges
-// the splits.
+// Fused: paging, the ancestor mask, grouped heads, soft-cap, sliding window;
+// every request has its own tree and length. FlashDecoding style: the keys of a
+// request (prefix, then tree rows, whose mask falls to the last splits) are
+// split between blocks of threads, so that one long request fills the chip; a
+// second kernel merges the splits.
 //
-// Memory traffic: K and V of every visible key once per KV head and tile of queries,
-// queries and output once, and per split one float32 partial output written and read.
-// Requests whose keys fit into one split write their output directly.
+// Memory traffic: K and V of every visible key once per KV head and tile of
+// queries, queries and output once, and per split one float32 partial output
+// written and read. Requests whose keys fit into one split write their output
+// directly.
 //
-// Limits: head sizes 64, 80, 96, 128 and 256, trees of at most 64 rows, 16-byte aligned
-// rows. Devices of compute capability 8.0 and up (mma.sync, cp.async).
+// Limits: head sizes 64, 80, 96, 128 and 256, trees of at most 64 rows, 16-byte
+// aligned rows. Devices of compute capability 8.0 and up (mma.sync, cp.async).
 #include "tree_attention_block.cuh"
 #include "tree_attention_fma.cuh"
 #include "tree_attention_mma.cuh"
@@ -22,7 +23,7 @@ namespace clover2 {
 namespace {
 
 constexpr int kReservedSharedBytes = 1024;  // of every block, by the system
-constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
+constexpr int kInvalidValue = 1;            // cudaErrorInvalidValue
 
 // How the blocks of a launch look.
 struct BlockShape {
@@ -40,10 +41,10 @@ BlockShape mma_shape(int warps) {
           mma_min_blocks(kHeadDim) * kMaxMmaWarps / warps};
 }
 
-// Sizes of single trees are on the device. Two warps serve where they suffice for the
-// average tree; larger trees are then cut into more tiles and read their keys again. Of
-// the larger shapes the one is taken that serves every tree: warps without rows are
-// nearly free.
+// Sizes of single trees are on the device. Two warps serve where they suffice
+// for the average tree; larger trees are then cut into more tiles and read
+// their keys again. Of the larger shapes the one is taken that serves every
+// tree: warps without rows are nearly free.
 template <int kHeadDim>
 BlockShape block_shape(const TreeAttentionParams& p, AttentionType type) {
   if (type == AttentionType::kFloat32) {
@@ -101,11 +102,11 @@ template <int kHeadDim>
 int launch_attention(const TreeAttentionParams& p, AttentionType type,
                      Stream stream) {
   const BlockShape shape = block_shape<kHeadDim>(p, type);
-  const auto kernel =
-      type == AttentionType::kFloat32 ? tree_attention_fma_kernel<kHeadDim>
-      : type == AttentionType::kFloat16
-          ? mma_kernel<Float16, kHeadDim>(shape.tile_keys)
-          : mma_kernel<BFloat16, kHeadDim>(shape.tile_keys);
+  const auto kernel = type == AttentionType::kFloat32
+                          ? tree_attention_fma_kernel<kHeadDim>
+                      : type == AttentionType::kFloat16
+                          ? mma_kernel<Float16, kHeadDim>(shape.tile_keys)
+                          : mma_kernel<BFloat16, kHeadDim>(shape.tile_keys);
   return launch_kernel(kernel, attention_grid(p),
                        static_cast<unsigned>(shape.threads), shape.shared_bytes,
                        stream, p);
@@ -116,9 +117,10 @@ int launch_merge(const TreeAttentionParams& p, AttentionType type,
   const int warps = kMergeThreads / kWarpSize;
   const int64_t pairs = static_cast<int64_t>(p.total_rows) * p.heads;
   const Grid grid{static_cast<unsigned>((pairs + warps - 1) / warps), 1, 1};
-  const auto kernel = type == AttentionType::kFloat32   ? merge_splits_kernel<float>
-                      : type == AttentionType::kFloat16 ? merge_splits_kernel<Float16>
-                                                        : merge_splits_kernel<BFloat16>;
+  const auto kernel =
+      type == AttentionType::kFloat32   ? merge_splits_kernel<float>
+      : type == AttentionType::kFloat16 ? merge_splits_kernel<Float16>
+                                        : merge_splits_kernel<BFloat16>;
   return launch_kernel(kernel, grid, kMergeThreads, 0, stream, p);
 }
 

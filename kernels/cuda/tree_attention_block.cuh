@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the tensor-core and the float32 kernel of tree attention have in common: which
-// part of the work a block of threads has, where its keys and results lie, and the
-// merge of the splits.
+// What the tensor-core and the float32 kernel of tree attention have in common:
+// which part of the work a block of threads has, where its keys and results
+// lie, and the merge of the splits.
 #pragma once
 
 #include "common/tree_math.h"
@@ -20,7 +20,8 @@ struct BlockWork {
   int prefix;      // committed keys
   int num_keys;    // prefix + tree rows
   int tile_begin;  // first tile row (see tile_row_tree_row)
-  int tile_rows;   // number of tile rows that exist from there on, 0: nothing to do
+  int tile_rows;  // number of tile rows that exist from there on, 0: nothing to
+                  // do
   int first_tile, end_tile;  // of keys
   int splits;                // that have work for this request
 };
@@ -28,7 +29,8 @@ struct BlockWork {
 __device__ __forceinline__ BlockWork find_work(const TreeAttentionParams& p,
                                                int tile_rows, int tile_keys) {
   BlockWork work;
-  // Blocks that run next to each other share their keys, by way of the L2 cache.
+  // Blocks that run next to each other share their keys, by way of the L2
+  // cache.
   const int row_tile = static_cast<int>(blockIdx.x) % p.row_tiles;
   work.split = static_cast<int>(blockIdx.x) / p.row_tiles;
   work.kv_head = static_cast<int>(blockIdx.y);
@@ -52,8 +54,8 @@ __device__ __forceinline__ BlockWork find_work(const TreeAttentionParams& p,
   return work;
 }
 
-// Offset of a key in the cache, within a KV head; 0 for keys beyond the last, which
-// must not be looked up.
+// Offset of a key in the cache, within a KV head; 0 for keys beyond the last,
+// which must not be looked up.
 __device__ __forceinline__ int64_t find_key(const TreeAttentionParams& p,
                                             const BlockWork& work, int key) {
   if (key >= work.num_keys) return 0;
@@ -61,7 +63,8 @@ __device__ __forceinline__ int64_t find_key(const TreeAttentionParams& p,
                     p.block_size, p.cache_block_stride, p.cache_slot_stride);
 }
 
-// Offset of a tile row's query vector; `m` counts from the block's first tile row.
+// Offset of a tile row's query vector; `m` counts from the block's first tile
+// row.
 __device__ __forceinline__ int64_t find_query(const TreeAttentionParams& p,
                                               const BlockWork& work, int m) {
   const int tile_row = work.tile_begin + m;
@@ -86,9 +89,8 @@ __device__ __forceinline__ int64_t find_out(const TreeAttentionParams& p,
 __device__ __forceinline__ int64_t find_partial(const TreeAttentionParams& p,
                                                 const BlockWork& work, int m) {
   const int tile_row = work.tile_begin + m;
-  const int64_t row =
-      static_cast<int64_t>(work.split) * p.total_rows + work.row_begin +
-      tile_row_tree_row(tile_row, work.group);
+  const int64_t row = static_cast<int64_t>(work.split) * p.total_rows +
+                      work.row_begin + tile_row_tree_row(tile_row, work.group);
   return row * p.heads + work.kv_head * work.group +
          tile_row_head(tile_row, work.group);
 }
@@ -102,9 +104,9 @@ __device__ __forceinline__ RowView find_view(const TreeAttentionParams& p,
                   p.sliding_window);
 }
 
-// With a soft-cap, a dot product becomes the one whose plain score, dot * scale, is
-// cap * tanh(dot * scale / cap). tanh x = 1 - 2 / (e^2x + 1) is exact to 1e-7, also
-// where e^2x overflows.
+// With a soft-cap, a dot product becomes the one whose plain score, dot *
+// scale, is cap * tanh(dot * scale / cap). tanh x = 1 - 2 / (e^2x + 1) is exact
+// to 1e-7, also where e^2x overflows.
 __device__ __forceinline__ float capped_dot(const TreeAttentionParams& p,
                                             float dot) {
   const float squared = exp2_fast(dot * p.scale * (2.0f * kLog2E / p.softcap));
@@ -112,11 +114,12 @@ __device__ __forceinline__ float capped_dot(const TreeAttentionParams& p,
   return tanh * (p.softcap / p.scale);
 }
 
-// Running softmax of one row, in base 2: scores are dot products times scale * log2(e).
-// The new maximum, and the factor for what was summed before.
+// Running softmax of one row, in base 2: scores are dot products times scale *
+// log2(e). The new maximum, and the factor for what was summed before.
 struct SoftmaxStep {
   float max;
-  float base;  // what to subtract from scores: finite also if no key was seen yet
+  float
+      base;  // what to subtract from scores: finite also if no key was seen yet
   float rescale;
 };
 
@@ -148,23 +151,22 @@ __device__ __forceinline__ void store_4<float>(void* out, int64_t offset,
 
 constexpr int kMergeThreads = 128;
 
-// The request that owns row `row` of the flat batch: as many requests end at or before
-// it. All lanes of a warp ask for the same row.
+// The request that owns row `row` of the flat batch: as many requests end at or
+// before it. All lanes of a warp ask for the same row.
 __device__ __forceinline__ int find_request(const TreeAttentionParams& p,
                                             int row) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   int ended = 0;
   for (int begin = 0; begin < p.requests; begin += kWarpSize) {
     const int request = begin + lane;
-    const bool ends =
-        request < p.requests && p.row_offsets[request + 1] <= row;
+    const bool ends = request < p.requests && p.row_offsets[request + 1] <= row;
     ended += count_bits(ballot(ends));
   }
   return ended;
 }
 
-// Merges the splits of one (row, head) per warp. Requests whose keys went to a single
-// split have their result already.
+// Merges the splits of one (row, head) per warp. Requests whose keys went to a
+// single split have their result already.
 template <typename Element>
 __global__ void __launch_bounds__(kMergeThreads)
     merge_splits_kernel(const TreeAttentionParams p) {

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tree attention with plain float32 multiply-adds, for float32 caches: the tensor cores
-// would round to tf32 (10 bits), and float32 is asked for where outputs must match.
+// Tree attention with plain float32 multiply-adds, for float32 caches: the
+// tensor cores would round to tf32 (10 bits), and float32 is asked for where
+// outputs must match.
 //
-// As the tensor-core kernel, with 128 threads per tile of 64 queries (32 for D = 256)
-// and 32 keys (16): 16 groups of 8 threads own 4 (2) queries each; for scores the 8
-// threads share out the keys, for the output the columns. A tile of more queries
-// reads the keys again, mostly from the L2 cache.
+// As the tensor-core kernel, with 128 threads per tile of 64 queries (32 for D
+// = 256) and 32 keys (16): 16 groups of 8 threads own 4 (2) queries each; for
+// scores the 8 threads share out the keys, for the output the columns. A tile
+// of more queries reads the keys again, mostly from the L2 cache.
 #pragma once
 
 #include "tree_attention_block.cuh"
@@ -29,13 +30,13 @@ struct FmaLayout {
   static constexpr int kScorePitch = kKeys + 4;
   static constexpr int kStage = kKeys * kPitch;
   static constexpr int kStageCount = 2;
-  static constexpr int kBytes = 4 * (kStageCount * kStage + kRows * kQueryPitch +
-                                     kRows * kScorePitch) +
-                                8 * kStageCount * kKeys;
+  static constexpr int kBytes =
+      4 * (kStageCount * kStage + kRows * kQueryPitch + kRows * kScorePitch) +
+      8 * kStageCount * kKeys;
 };
 
-// Copies `rows` rows of kColumns floats from offset(row); rows from `valid` on are
-// zeros.
+// Copies `rows` rows of kColumns floats from offset(row); rows from `valid` on
+// are zeros.
 template <int kColumns, typename Offset>
 __device__ __forceinline__ void copy_rows(const float* from, Offset offset,
                                           int rows, int valid, int pitch,
@@ -51,8 +52,8 @@ __device__ __forceinline__ void copy_rows(const float* from, Offset offset,
   }
 }
 
-// The queries of one group of 8 threads; this thread has keys lane, lane + 8, .. of a
-// tile and the columns 2 * lane and the next, 16 more, ..
+// The queries of one group of 8 threads; this thread has keys lane, lane + 8,
+// .. of a tile and the columns 2 * lane and the next, 16 more, ..
 template <int kHeadDim>
 struct FmaRows {
   using Layout = FmaLayout<kHeadDim>;
@@ -141,7 +142,8 @@ struct FmaRows {
       sum[i] *= step.rescale;
 #pragma unroll
       for (int j = 0; j < kKeys; ++j) {
-        const float probability = exp2_fast(fmaf(scores[i][j], scale, -step.base));
+        const float probability =
+            exp2_fast(fmaf(scores[i][j], scale, -step.base));
         sum[i] += probability;
         shared[tile_row(i) * Layout::kScorePitch + lane() + j * kFmaLanes] =
             probability;
@@ -162,8 +164,7 @@ struct FmaRows {
       float probability[kRows];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        probability[i] =
-            probabilities[tile_row(i) * Layout::kScorePitch + key];
+        probability[i] = probabilities[tile_row(i) * Layout::kScorePitch + key];
       }
 #pragma unroll
       for (int j = 0; j < kPairs; ++j) {
@@ -218,15 +219,15 @@ __global__ void __launch_bounds__(kFmaThreads)
   float* probabilities = queries + Layout::kRows * Layout::kQueryPitch;
   int64_t* offsets = reinterpret_cast<int64_t*>(
       probabilities + Layout::kRows * Layout::kScorePitch);
-  const float* cache = static_cast<const float*>(p.cache) +
-                       work.kv_head * p.cache_head_stride;
+  const float* cache =
+      static_cast<const float*>(p.cache) + work.kv_head * p.cache_head_stride;
   const int thread = static_cast<int>(threadIdx.x);
   const bool finds_keys = thread < Layout::kKeys;
 
   if (finds_keys) {
     for (int stage = 0; stage < Layout::kStageCount; ++stage) {
-      offsets[stage * Layout::kKeys + thread] = find_key(
-          p, work, (work.first_tile + stage) * Layout::kKeys + thread);
+      offsets[stage * Layout::kKeys + thread] =
+          find_key(p, work, (work.first_tile + stage) * Layout::kKeys + thread);
     }
   }
   FmaRows<kHeadDim> rows;
@@ -237,8 +238,7 @@ __global__ void __launch_bounds__(kFmaThreads)
       work.tile_rows, Layout::kQueryPitch, queries);
   const auto copy_tile = [&](int tile, int stage) {
     copy_rows<2 * kHeadDim>(
-        cache,
-        [&](int key) { return offsets[stage * Layout::kKeys + key]; },
+        cache, [&](int key) { return offsets[stage * Layout::kKeys + key]; },
         Layout::kKeys, work.num_keys - tile * Layout::kKeys, Layout::kPitch,
         stages + stage * Layout::kStage);
   };
@@ -253,8 +253,8 @@ __global__ void __launch_bounds__(kFmaThreads)
     if (tile + 1 < work.end_tile) copy_tile(tile + 1, 1 - stage);
     int64_t offset = 0;
     if (finds_keys) {
-      offset = find_key(
-          p, work, (tile + Layout::kStageCount) * Layout::kKeys + thread);
+      offset = find_key(p, work,
+                        (tile + Layout::kStageCount) * Layout::kKeys + thread);
     }
     const float* keys = stages + stage * Layout::kStage;
     float scores[FmaRows<kHeadDim>::kRows][FmaRows<kHeadDim>::kKeys];

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tree attention on tensor cores, for bfloat16 and float16.
 //
-// One block of 2, 4 or 8 warps takes one tile of 16 queries per warp (tree rows x
-// heads that share a KV head) and walks over its split of the keys, 64 at a time (32
-// with 2 warps, so that more blocks fit beside each other, and for D = 256): the next
-// tile of keys and values is copied to shared memory while the current one is
-// multiplied. Warp w owns the tile's rows 16w .. 16w + 15 from scores to output, so
-// softmax needs no exchange between warps; a warp without rows only helps copying.
-// Products are summed in float32, probabilities are rounded to the cache's type
-// before they multiply V, as in FlashAttention.
+// One block of 2, 4 or 8 warps takes one tile of 16 queries per warp (tree rows
+// x heads that share a KV head) and walks over its split of the keys, 64 at a
+// time (32 with 2 warps, so that more blocks fit beside each other, and for D =
+// 256): the next tile of keys and values is copied to shared memory while the
+// current one is multiplied. Warp w owns the tile's rows 16w .. 16w + 15 from
+// scores to output, so softmax needs no exchange between warps; a warp without
+// rows only helps copying. Products are summed in float32, probabilities are
+// rounded to the cache's type before they multiply V, as in FlashAttention.
 //
-// Every key is read from device memory once per tile of queries. 128 queries are as
-// many as pay: each 2-byte element then takes part in 128 multiply-adds, which is
-// about where the matrix units, not memory, become the limit.
+// Every key is read from device memory once per tile of queries. 128 queries
+// are as many as pay: each 2-byte element then takes part in 128 multiply-adds,
+// which is about where the matrix units, not memory, become the limit.
 #pragma once
 
 #include "tree_attention_block.cuh"
@@ -27,11 +27,14 @@ constexpr int kCopyElements = 8;  // 16 bytes
 constexpr int kStages = 2;
 
 constexpr int kFewKeys = 32;
-constexpr int mma_tile_keys(int head_dim) { return head_dim > 128 ? kFewKeys : 64; }
+constexpr int mma_tile_keys(int head_dim) {
+  return head_dim > 128 ? kFewKeys : 64;
+}
 
-// Shared memory: stages of keys and values, the queries, the keys' offsets. Every row
-// is padded by 16 bytes, which makes its length an odd number of 16-byte units: the 8
-// rows that a matrix load touches at a time then lie in 8 different groups of banks.
+// Shared memory: stages of keys and values, the queries, the keys' offsets.
+// Every row is padded by 16 bytes, which makes its length an odd number of
+// 16-byte units: the 8 rows that a matrix load touches at a time then lie in 8
+// different groups of banks.
 template <int kDim, int kTileKeys>
 struct MmaLayout {
   static constexpr int kHeadDim = kDim;
@@ -64,9 +67,9 @@ __device__ __forceinline__ void copy_queries(const TreeAttentionParams& p,
   }
 }
 
-// Copies K and V of the tile's first `num_keys` keys and zeros the others, since 0
-// times whatever lies there could be NaN. A thread keeps its columns over all keys,
-// so that a copy costs little more than adding the key's offset.
+// Copies K and V of the tile's first `num_keys` keys and zeros the others,
+// since 0 times whatever lies there could be NaN. A thread keeps its columns
+// over all keys, so that a copy costs little more than adding the key's offset.
 template <typename Layout>
 __device__ __forceinline__ void copy_tile(const uint16_t* cache,
                                           const int64_t* offsets, int num_keys,
@@ -91,8 +94,9 @@ __device__ __forceinline__ void copy_tile(const uint16_t* cache,
   }
 }
 
-// One warp's 16 rows: sums of the output, and softmax state of the two rows that this
-// lane shares with the 3 other lanes of its group (lane / 4, and 8 more).
+// One warp's 16 rows: sums of the output, and softmax state of the two rows
+// that this lane shares with the 3 other lanes of its group (lane / 4, and 8
+// more).
 template <typename Element, typename Layout>
 struct MmaRows {
   static constexpr int kHeadDim = Layout::kHeadDim;
@@ -125,8 +129,8 @@ struct MmaRows {
       float (&scores)[kScoreTiles][4]) {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
     // Matrices of a query load: rows 0-7, rows 8-15, then both 8 columns on.
-    const uint16_t* query = queries + lane % 16 * Layout::kQueryPitch +
-                            lane / 16 * 8;
+    const uint16_t* query =
+        queries + lane % 16 * Layout::kQueryPitch + lane / 16 * 8;
     // Of a key load: keys 0-7, the same 8 columns on, then both for keys 8-15.
     const uint16_t* key =
         keys + (lane % 8 + lane / 16 * 8) * Layout::kPitch + lane / 8 % 2 * 8;
@@ -148,8 +152,8 @@ struct MmaRows {
     }
   }
 
-  // Caps the dot products of the tile that begins at key `first_key`, if there is a
-  // cap, and makes those of keys that a row does not see -infinity.
+  // Caps the dot products of the tile that begins at key `first_key`, if there
+  // is a cap, and makes those of keys that a row does not see -infinity.
   __device__ __forceinline__ void mask(const TreeAttentionParams& p,
                                        const BlockWork& work, int first_key,
                                        float (&scores)[kScoreTiles][4]) {
@@ -160,7 +164,8 @@ struct MmaRows {
       }
     }
     // Most tiles are prefix that every row sees.
-    if (p.sliding_window < 0 && first_key + Layout::kKeys <= work.prefix) return;
+    if (p.sliding_window < 0 && first_key + Layout::kKeys <= work.prefix)
+      return;
     const int column = first_key + static_cast<int>(threadIdx.x) % 4 * 2;
 #pragma unroll
     for (int i = 0; i < kScoreTiles * 4; ++i) {
@@ -171,7 +176,8 @@ struct MmaRows {
     }
   }
 
-  // Dot products times `scale` become probabilities relative to the running maximum.
+  // Dot products times `scale` become probabilities relative to the running
+  // maximum.
   __device__ __forceinline__ void softmax(float scale,
                                           float (&scores)[kScoreTiles][4]) {
 #pragma unroll
@@ -209,7 +215,8 @@ struct MmaRows {
     const uint16_t* value = values + lane % 16 * Layout::kPitch + lane / 16 * 8;
 #pragma unroll
     for (int tile = 0; tile < kScoreTiles; tile += 2) {
-      // Where a lane holds the sums of Q K^T is where P V wants its left factor.
+      // Where a lane holds the sums of Q K^T is where P V wants its left
+      // factor.
       const uint32_t a[4] = {Element::pack(p[tile][0], p[tile][1]),
                              Element::pack(p[tile][2], p[tile][3]),
                              Element::pack(p[tile + 1][0], p[tile + 1][1]),
@@ -262,11 +269,12 @@ struct MmaRows {
   }
 };
 
-// The sums of D = 256 need more registers than two blocks of 8 warps leave each.
+// The sums of D = 256 need more registers than two blocks of 8 warps leave
+// each.
 constexpr int mma_min_blocks(int head_dim) { return head_dim > 128 ? 1 : 2; }
 
 template <typename Element, int kHeadDim, int kTileKeys>
-__global__ void __launch_bounds__(kMaxMmaWarps * kWarpSize,
+__global__ void __launch_bounds__(kMaxMmaWarps* kWarpSize,
                                   mma_min_blocks(kHeadDim))
     tree_attention_mma_kernel(const TreeAttentionParams p) {
   using Layout = MmaLayout<kHeadDim, kTileKeys>;
@@ -287,8 +295,8 @@ __global__ void __launch_bounds__(kMaxMmaWarps * kWarpSize,
 
   if (finds_keys) {
     for (int stage = 0; stage < kStages; ++stage) {
-      offsets[stage * Layout::kKeys + thread] = find_key(
-          p, work, (work.first_tile + stage) * Layout::kKeys + thread);
+      offsets[stage * Layout::kKeys + thread] =
+          find_key(p, work, (work.first_tile + stage) * Layout::kKeys + thread);
     }
   }
   MmaRows<Element, Layout> rows;
@@ -302,15 +310,16 @@ __global__ void __launch_bounds__(kMaxMmaWarps * kWarpSize,
     const int stage = (tile - work.first_tile) % kStages;
     const int other = 1 - stage;
     wait_copies();
-    // All copies of this tile are there, and nobody reads the other stage any more.
+    // All copies of this tile are there, and nobody reads the other stage any
+    // more.
     __syncthreads();
     if (tile + 1 < work.end_tile) {
       copy_tile<Layout>(cache, offsets + other * Layout::kKeys,
                         work.num_keys - (tile + 1) * Layout::kKeys,
                         stages + other * Layout::kStage);
     }
-    // Looked up one tile ahead of the copy, and stored after the products, so that
-    // nobody waits for the block table.
+    // Looked up one tile ahead of the copy, and stored after the products, so
+    // that nobody waits for the block table.
     int64_t offset = 0;
     if (finds_keys) {
       offset = find_key(p, work, (tile + kStages) * Layout::kKeys + thread);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The little that kernels/cuda/bindings.cpp asks of the CUDA runtime, for a GPU that is
-// emulated: see gpu_emulator.h.
+// The little that kernels/cuda/bindings.cpp asks of the CUDA runtime, for a GPU
+// that is emulated: see gpu_emulator.h.
 #pragma once
 
 using cudaError_t = int;
@@ -13,8 +13,9 @@ inline int emulated_multiprocessors = 132;
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute,
                                           int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? emulated_multiprocessors
-                                                       : 228 * 1024;
+  *value = attribute == cudaDevAttrMultiProcessorCount
+               ? emulated_multiprocessors
+               : 228 * 1024;
   return 0;
 }
 

@@ -1,17 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs the CUDA kernels on the host, for tests on machines without a GPU.
 //
-// Stands in for kernels/cuda/device.cuh (see there for what each function does). Every
-// thread of a block is a fiber; a fiber runs until it meets a barrier or an exchange
-// between the lanes of its warp. Made to find mistakes rather than to be fast:
-//   - asynchronous copies land only when their thread waits for them, and poison their
+// Stands in for kernels/cuda/device.cuh (see there for what each function
+// does). Every thread of a block is a fiber; a fiber runs until it meets a
+// barrier or an exchange between the lanes of its warp. Made to find mistakes
+// rather than to be fast:
+//   - asynchronous copies land only when their thread waits for them, and
+//   poison their
 //     destination until then;
 //   - shared memory starts out poisoned (NaN in every float format);
-//   - fibers run in rising or falling order, so that a missing barrier shows in one;
-//   - a barrier that some threads never reach ends the process, and so does a copy or
+//   - fibers run in rising or falling order, so that a missing barrier shows in
+//   one;
+//   - a barrier that some threads never reach ends the process, and so does a
+//   copy or
 //     matrix load outside the block's shared memory.
-// What it cannot show: instruction-level mistakes of device.cuh itself, memory ordering
-// beyond barriers, speed.
+// What it cannot show: instruction-level mistakes of device.cuh itself, memory
+// ordering beyond barriers, speed.
 #pragma once
 
 #include <ucontext.h>
@@ -69,7 +73,8 @@ struct Fiber {
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<unsigned char> shared;
-  std::vector<uint64_t> exchange;  // [threads][8]: what a lane shows to its warp
+  std::vector<uint64_t>
+      exchange;  // [threads][8]: what a lane shows to its warp
   unsigned char* shared_begin = nullptr;
   size_t shared_bytes = 0;
   ucontext_t scheduler;
@@ -192,8 +197,7 @@ inline uint16_t to_float16(float value) {
 
 inline void load_matrices(uint32_t (&result)[4], const void* row,
                           bool transposed) {
-  const uint64_t address =
-      reinterpret_cast<uint64_t>(checked_shared(row, 16));
+  const uint64_t address = reinterpret_cast<uint64_t>(checked_shared(row, 16));
   const uint64_t* warp = show(&address, 1);
   const unsigned lane = threadIdx.x % kWarpSize;
   for (unsigned matrix = 0; matrix < 4; ++matrix) {
@@ -215,8 +219,7 @@ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
   const uint64_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
   const uint64_t* warp = show(words, 6);
   const auto element = [&](unsigned lane, unsigned word, unsigned i) {
-    return kToFloat(
-        static_cast<uint16_t>(warp[lane * 8 + word] >> (16 * i)));
+    return kToFloat(static_cast<uint16_t>(warp[lane * 8 + word] >> (16 * i)));
   };
   const unsigned lane = threadIdx.x % kWarpSize;
   for (unsigned i = 0; i < 4; ++i) {
@@ -240,9 +243,10 @@ T shuffle_xor(T value, int mask) {
   std::memcpy(&word, &value, sizeof(T));
   const uint64_t* warp = emulator::show(&word, 1);
   T result;
-  std::memcpy(&result,
-              &warp[(threadIdx.x % kWarpSize ^ static_cast<unsigned>(mask)) * 8],
-              sizeof(T));
+  std::memcpy(
+      &result,
+      &warp[(threadIdx.x % kWarpSize ^ static_cast<unsigned>(mask)) * 8],
+      sizeof(T));
   emulator::wait(emulator::State::kAtWarpBarrier);
   return result;
 }
