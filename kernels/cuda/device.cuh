@@ -163,9 +163,12 @@ int launch_kernel(Kernel kernel, const Grid& grid, unsigned threads,
       return static_cast<int>(error);
     }
   }
-  kernel<<<dim3(grid.x, grid.y, grid.z), threads,
-           static_cast<size_t>(shared_bytes), stream> > >(params);
-  return static_cast<int>(cudaGetLastError());
+  void* arguments[] = {const_cast<Params*>(&params)};
+  const cudaError_t error = cudaLaunchKernel(
+      reinterpret_cast<const void*>(kernel), dim3(grid.x, grid.y, grid.z),
+      dim3(threads), arguments, static_cast<size_t>(shared_bytes), stream);
+  if (error != cudaSuccess) (void)cudaGetLastError();
+  return static_cast<int>(error);
 }
 
 }  // namespace clover2
