@@ -162,6 +162,19 @@ class CommitSpy:
         patch(runner_module, "ops", Ops())
 
 
+class PlantedWorker:
+    """Plants in a worker process: the ``worker_extension_cls`` of such engines."""
+
+    def plant(self, seed: int) -> None:
+        Planter(seed).install(setattr)
+        self._planted_commits = CommitSpy()
+        self._planted_commits.install(setattr)
+
+    def planted_commits(self) -> tuple[int, int]:
+        """Rows accepted, and rows moved."""
+        return self._planted_commits.accepted, self._planted_commits.moved
+
+
 def _padded(rows: list[list[int]], width: int, fill: int) -> torch.Tensor:
     """Lists of different lengths -> [rows, width] int64."""
     return torch.tensor([row + [fill] * (width - len(row)) for row in rows])

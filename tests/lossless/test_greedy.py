@@ -9,9 +9,10 @@ from engine_fixtures import Baseline, random_prompts
 from engines import EnginePool, assert_same
 from planting import CommitSpy, Planter, with_truth
 
-DYNAMIC = {"num_speculative_tokens": 25}
+DYNAMIC = {"num_speculative_tokens": 25, "adaptive": False}
 METHODS = {
     "dynamic": DYNAMIC,
+    "adaptive": {},
     "static": {"tree": "static"},
     "paths": {"tree": [[0], [1], [0, 0], [1, 0], [0, 0, 0]]},
     "chain": {"tree": "chain", "num_speculative_tokens": 5},

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patches: applied once, refused on another vLLM, invisible when not used."""
+
+from pathlib import Path
+
+import pytest
+import vllm
+from vllm.config.speculative import SpeculativeConfig
+from vllm.engine import arg_utils
+from vllm.engine.arg_utils import EngineArgs
+
+import vllm_clover2
+from vllm_clover2.integration import compat, plugin
+from vllm_clover2.integration.compat import v0_32
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+
+
+def test_expected_signatures_are_those_of_the_installed_vllm() -> None:
+    v0_32.check_signatures(v0_32.EXPECTED_CONFIG)
+    v0_32.check_signatures(v0_32.EXPECTED_WORKER)
+
+
+def test_signature_mismatch_names_every_problem() -> None:
+    wrong = {
+        "vllm.engine.arg_utils:EngineArgs.add_cli_args": "parser colour",
+        "vllm.engine.arg_utils:EngineArgs.no_such_method": "self",
+        "vllm.no_such_module:f": "",
+    }
+    with pytest.raises(RuntimeError) as error:
+        v0_32.check_signatures(wrong)
+    message = str(error.value)
+    assert "add_cli_args takes (parser), expected (parser colour)" in message
+    assert "no_such_method is missing" in message
+    assert "vllm.no_such_module:f is missing" in message
+    assert vllm.__version__ in message
+    assert "vllm==0.32.0" in message
+
+
+def test_mismatch_is_raised_only_when_the_method_is_asked_for(
+    target: Path, head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        v0_32.EXPECTED_CONFIG, "vllm.engine.arg_utils:EngineArgs.gone", "self"
+    )
+    EngineArgs(model=str(target)).create_engine_config()
+    speculative = {"method": "clover2", "model": str(head)}
+    with pytest.raises(RuntimeError, match="gone is missing"):
+        EngineArgs(
+            model=str(target), speculative_config=speculative
+        ).create_engine_config()
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.32"])
+def test_supported_versions(version: str) -> None:
+    assert compat.version_problem(version) is None
+
+
+@pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "0.320.0", "1.0", "0.3.2"])
+def test_version_problem_names_both_versions(version: str) -> None:
+    problem = compat.version_problem(version)
+    assert problem is not None
+    assert "\n" not in problem  # one paragraph
+    assert f"vLLM {version} is installed" in problem
+    assert f"vllm-clover2 {vllm_clover2.__version__} supports vLLM 0.32.x" in problem
+
+
+def test_another_vllm_refuses_only_the_method(
+    target: Path, head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    # Undone after the test: install() patches it once more.
+    monkeypatch.setattr(
+        EngineArgs, "create_engine_config", EngineArgs.create_engine_config
+    )
+    compat.install()
+    EngineArgs(model=str(target)).create_engine_config()
+    EngineArgs(model=str(target), speculative_config=NGRAM).create_engine_config()
+    asking = (
+        {"speculative_config": {"method": "clover2", "model": str(head)}},
+        {"spec_method": "clover2", "spec_model": str(head)},
+    )
+    for arguments in asking:
+        with pytest.raises(RuntimeError, match=r"0\.32\.x, but vLLM 0\.99\.0"):
+            EngineArgs(model=str(target), **arguments).create_engine_config()
+
+
+def test_register_twice_patches_once() -> None:
+    plugin.register()
+    patched = EngineArgs.create_engine_config
+    plugin.register()
+    assert EngineArgs.create_engine_config is patched
+
+
+def test_other_methods_keep_stock_classes(target: Path) -> None:
+    config = EngineArgs(
+        model=str(target), speculative_config=NGRAM
+    ).create_engine_config()
+    assert type(config.speculative_config) is SpeculativeConfig
+    assert arg_utils.SpeculativeConfig is SpeculativeConfig
+    assert "clover2" not in config.parallel_config.worker_cls
+    plain = EngineArgs(model=str(target)).create_engine_config()
+    assert plain.speculative_config is None
+    assert "clover2" not in plain.parallel_config.worker_cls
+
+
+def test_stock_class_is_back_after_an_error(target: Path, head: Path) -> None:
+    speculative = {"method": "clover2", "model": str(head), "depth": -1}
+    with pytest.raises(ValueError, match="depth"):
+        EngineArgs(
+            model=str(target), speculative_config=speculative
+        ).create_engine_config()
+    assert arg_utils.SpeculativeConfig is SpeculativeConfig
+
+
+def test_a_worker_of_the_users_own_is_kept(target: Path, head: Path) -> None:
+    speculative = {"method": "clover2", "model": str(head)}
+    config = EngineArgs(
+        model=str(target), speculative_config=speculative, worker_cls="mine.Worker"
+    ).create_engine_config()
+    assert config.parallel_config.worker_cls == "mine.Worker"
+
+
+def test_model_runner_v2_is_not_chosen(target: Path, head: Path) -> None:
+    """It would draft chains with vLLM's own speculator."""
+    speculative = {"method": "clover2", "model": str(head)}
+    config = EngineArgs(
+        model=str(target), speculative_config=speculative
+    ).create_engine_config()
+    assert not config.use_v2_model_runner
+    features = config._get_v2_model_runner_unsupported_features()
+    assert "speculative method 'clover2'" in features

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines as users start them: own processes, tensor-parallel, compiled."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_fixtures import Baseline, random_prompts
+from engines import Output, Request
+from planting import with_truth
+
+HERE = Path(__file__).parent
+REQUESTS = [
+    *random_prompts(8, seed=110),
+    *[r.replaced(temperature=0.9, seed=4) for r in random_prompts(4, seed=111)],
+]
+
+
+def run_elsewhere(
+    folder: Path,
+    requests: list[Request],
+    plant: int | None,
+    environment: dict[str, str] | None = None,
+    **llm: Any,
+) -> dict[str, Any]:
+    """Answers of an engine in processes of its own."""
+    defaults = {
+        "dtype": "float32",
+        "max_model_len": 512,
+        "max_num_seqs": 16,
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 16 << 20,
+    }
+    if plant is not None:
+        defaults["worker_extension_cls"] = "planting.PlantedWorker"
+    greedy = {"temperature": 0.0, "max_tokens": 48, "ignore_eos": True}
+    task = {
+        "llm": defaults | llm,
+        "requests": [[r.prompt, greedy | r.params] for r in requests],
+        "plant": plant,
+    }
+    (folder / "task.json").write_text(json.dumps(task))
+    subprocess.run(
+        [
+            *(sys.executable, str(HERE / "engine_process.py")),
+            *(str(folder / "task.json"), str(folder / "answers.json")),
+        ],
+        env=os.environ
+        | {
+            "PYTHONPATH": str(HERE),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_CACHE_ROOT": str(folder / "cache"),
+            "OMP_NUM_THREADS": "1",
+        }
+        | (environment or {}),
+        check=True,
+        timeout=500,
+    )
+    return json.loads((folder / "answers.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="own-process"),
+        pytest.param({"tensor_parallel_size": 2}, id="tensor-parallel"),
+        pytest.param({"enforce_eager": False}, id="compiled"),
+    ],
+)
+def test_text_of_other_processes(
+    options: dict[str, Any],
+    target: Path,
+    head: Path,
+    baseline: Baseline,
+    tmp_path: Path,
+) -> None:
+    expected: list[Output] = baseline(REQUESTS)
+    speculative = {"method": "clover2", "model": str(head), "adaptive": False}
+    answers = run_elsewhere(
+        tmp_path,
+        with_truth(REQUESTS, expected),
+        plant=110,
+        model=str(target),
+        speculative_config=speculative,
+        **options,
+    )
+    assert answers["tokens"] == [output.tokens for output in expected]
+    ranks = answers["commits"]
+    assert len(ranks) == options.get("tensor_parallel_size", 1)
+    assert all(rank == ranks[0] for rank in ranks)
+    accepted, moved = ranks[0]
+    assert accepted > len(REQUESTS)
+    assert moved > len(REQUESTS)
+
+
+@pytest.mark.slow
+def test_tensor_parallel_heads_own_trees(
+    target: Path, head: Path, baseline: Baseline, tmp_path: Path
+) -> None:
+    """Ranks grow the same trees, else their caches and texts would part."""
+    answers = run_elsewhere(
+        tmp_path,
+        REQUESTS,
+        plant=None,
+        model=str(target),
+        speculative_config={"method": "clover2", "model": str(head)},
+        tensor_parallel_size=2,
+    )
+    assert answers["tokens"] == [output.tokens for output in baseline(REQUESTS)]
