@@ -60,8 +60,10 @@ def build_command(nvcc: str, architecture: str, library: Path) -> list[str]:
         f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DUSE_CUDA", f"-I{KERNELS}",
         "-isystem", str(torch_folder / "include"), f"-L{torch_folder / 'lib'}",
-        "-ltorch_cpu", "-ltorch_cuda", "-o", str(library),
+        "-o", str(library),
         *(str(path) for path in sources if path.suffix in (".cpp", ".cu")),
+        # After what needs them, or linkers leave them out.
+        "-ltorch_cpu", "-ltorch_cuda",
     ]  # fmt: skip
 
 

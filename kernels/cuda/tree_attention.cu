@@ -15,6 +15,8 @@
 //
 // Limits: head sizes 64, 80, 96, 128 and 256, trees of at most 64 rows, 16-byte
 // aligned rows. Devices of compute capability 8.0 and up (mma.sync, cp.async).
+#include <algorithm>
+
 #include "tree_attention_block.cuh"
 #include "tree_attention_fma.cuh"
 #include "tree_attention_mma.cuh"
@@ -138,7 +140,8 @@ void plan_tree_attention(TreeAttentionParams& params, AttentionType type,
   sizes.total_rows = params.total_rows;
   sizes.kv_heads = params.kv_heads;
   sizes.group = params.heads / params.kv_heads;
-  sizes.max_keys = params.max_blocks * params.block_size;
+  sizes.max_keys = static_cast<int>(std::min<int64_t>(
+      static_cast<int64_t>(params.max_blocks) * params.block_size, 1 << 30));
   sizes.tile_rows = shape.tile_rows;
   sizes.tile_keys = shape.tile_keys;
   sizes.resident_blocks =
