@@ -18,9 +18,6 @@ class TrainConfig(BaseModel):
     answers: Path = Field(description="answers of the target (.jsonl or .jsonl.gz)")
     output: Path = Field(description="run directory, made or resumed")
 
-    architecture: Literal["clover2", "eagle1"] = Field(
-        "clover2", description="draft to train; eagle1 is the baseline"
-    )
     num_layers: int = Field(2, ge=1, description="layers of the augmenting block")
     num_draft_steps: int = Field(5, ge=1, description="depth to train for")
     draft_vocab_size: int | None = Field(
@@ -38,6 +35,9 @@ class TrainConfig(BaseModel):
     max_tokens: int = Field(4096, ge=2, description="padded tokens a batch")
     max_length: int = Field(2048, ge=4, description="longer answers are cut")
     learning_rate: float = Field(1e-3, gt=0)
+    muon_lr: float | None = Field(
+        None, gt=0, description="train the matrices with Muon at this rate"
+    )
     warmup_steps: int = Field(100, ge=0)
     decay_fraction: float = Field(
         1.0, gt=0, le=1, description="last share of the run with cosine decay"

@@ -18,9 +18,9 @@ from vllm_clover2.train.losses import LossRows
 __all__ = [
     "Gains",
     "TrainableClover2",
+    "make_optimizers",
     "measure_gains",
     "new_clover2",
-    "parameter_groups",
     "target_fingerprint",
 ]
 
@@ -166,31 +166,50 @@ def _start_recurrence(model: Clover2Model, gains: Gains | None) -> None:
     _noisy_identity(recurrent.step, 1.0)  # [I | 0]: state first, embedding second
 
 
-def parameter_groups(
-    model: nn.Module,
-    gains: Gains | None,
-    config: TrainConfig,
-) -> list[dict[str, object]]:
-    """Optimiser groups: scaled value projections learn at their own scale.
+def make_optimizers(
+    model: nn.Module, gains: Gains | None, config: TrainConfig
+) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the larger matrices and AdamW for the rest.
 
-    An Adam step changes every entry by about the learning rate, whatever the
-    entry's size; a matrix started `gain` times larger needs a `gain` times larger
-    rate to turn as fast.
+    The blocks' projections stay with AdamW: their useful scales differ by orders
+    of magnitude, which Muon's equal-sized updates ignore.
     """
-    values = {"rab1.v_proj.weight": "rab1", "rab2.v_proj.weight": "rab2"}
+    muon: list[nn.Parameter] = []
     groups: dict[str, list[nn.Parameter]] = {"": [], "rab1": [], "rab2": []}
     for name, parameter in model.named_parameters():
-        key = values.get(".".join(name.split(".")[-3:]), "")
-        groups[key if gains is not None else ""].append(parameter)
+        if gains is not None and name.endswith("rab1.v_proj.weight"):
+            groups["rab1"].append(parameter)
+        elif gains is not None and name.endswith("rab2.v_proj.weight"):
+            groups["rab2"].append(parameter)
+        elif config.muon_lr is not None and parameter.ndim == 2 and "rab" not in name:
+            muon.append(parameter)
+        else:
+            groups[""].append(parameter)
     lr, decay = config.learning_rate, config.weight_decay
-    built: list[dict[str, object]] = [
-        {"params": groups[""], "lr": lr, "weight_decay": decay}
-    ]
+    scales = {"": 1.0}
     if gains is not None:
-        for key, gain in (("rab1", gains.rab1), ("rab2", gains.rab2)):
-            rate = {"lr": lr * gain, "weight_decay": decay / gain}
-            built.append({"params": groups[key], **rate})
-    return built
+        # An Adam step changes every entry by about the learning rate, whatever its
+        # size; a matrix started `gain` times larger needs a rate as much larger.
+        scales |= {"rab1": gains.rab1, "rab2": gains.rab2}
+    adamw = torch.optim.AdamW(
+        [
+            {"params": groups[key], "lr": lr * scale, "weight_decay": decay / scale}
+            for key, scale in scales.items()
+        ],
+        betas=(0.9, config.beta2),
+        fused=True,
+    )
+    if not muon:
+        return [adamw]
+    return [
+        adamw,
+        torch.optim.Muon(
+            muon,
+            lr=config.muon_lr,
+            weight_decay=decay,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+    ]
 
 
 @torch.no_grad()

@@ -26,9 +26,9 @@ from vllm_clover2.train.data import (
 )
 from vllm_clover2.train.drafts import (
     TrainableClover2,
+    make_optimizers,
     measure_gains,
     new_clover2,
-    parameter_groups,
 )
 from vllm_clover2.train.hidden import HiddenStateCache, Target
 from vllm_clover2.train.losses import (
@@ -127,16 +127,14 @@ class Trainer:
         lm_head = self.target.lm_head
         self.draft_lm_head = lm_head if ids is None else lm_head[ids.to(lm_head.device)]
         model = TrainableClover2(self.draft)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, gains, config),
-            betas=(0.9, config.beta2),
-            fused=True,
-        )
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: lr_factor(step, config)
-        )
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.accelerator.register_for_checkpointing(self.scheduler)
+        optimizers = make_optimizers(model, gains, config)
+        self.model = self.accelerator.prepare(model)
+        self.optimizers = [self.accelerator.prepare(one) for one in optimizers]
+        self.schedulers = [
+            torch.optim.lr_scheduler.LambdaLR(one, lambda step: lr_factor(step, config))
+            for one in optimizers
+        ]
+        self.accelerator.register_for_checkpointing(*self.schedulers)
         self.average: AveragedModel | None = None
         if config.ema_decay is not None:
             self.average = AveragedModel(
@@ -230,9 +228,10 @@ class Trainer:
                 "learning_rate or check the target's hidden states; the last good "
                 f"checkpoint is {self.run_directory.latest()}"
             )
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
+        for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
         if self.average is not None:
             self.average.update_parameters(self.draft)
         return result
@@ -326,6 +325,8 @@ class Trainer:
                 progress.update(
                     task, completed=self.step, **({"status": status} if status else {})
                 )
+        if self.accelerator.is_main_process:
+            self.run_directory.plot()
         return self.run_directory.head
 
     def _periodic(self) -> None:
@@ -346,7 +347,7 @@ class Trainer:
         row = {
             "step": float(self.step),
             "epoch": float(epoch),
-            "lr": self.scheduler.get_last_lr()[0],
+            "lr": self.schedulers[0].get_last_lr()[0],
             "loss": float(result.loss.detach()),
             "seconds_per_step": seconds,
         }

@@ -25,6 +25,7 @@ class RunDirectory:
     run.json        command, versions, seed, data hashes, settings
     metrics.csv     one row per logged training step
     metrics.json    validation results, by step
+    metrics.png     losses and agreement, drawn at the end
     checkpoints/    step-NNNNNNN folders, each complete or absent
     head/           the draft in the format that is served
     """
@@ -70,6 +71,37 @@ class RunDirectory:
         results = json.loads(path.read_text()) if path.exists() else []
         results = [entry for entry in results if entry["step"] < step]
         write_json(path, [*results, {"step": step, **result}])
+
+    def plot(self) -> None:
+        """Draw metrics.csv as metrics.png; does nothing before the first log."""
+        path = self.folder / "metrics.csv"
+        if not path.exists():
+            return
+        import matplotlib
+
+        matplotlib.use("Agg")  # no display is needed
+        from matplotlib import pyplot
+
+        with path.open(newline="") as stream:
+            rows = [
+                {key: float(value) for key, value in row.items()}
+                for row in csv.DictReader(stream)
+            ]
+        figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
+        for axis, prefix, title in (
+            (axes[0], "ploss_", "cross entropy by draft step"),
+            (axes[1], "top1_", "top-1 agreement by draft step"),
+        ):
+            for name in (key for key in rows[0] if key.startswith(prefix)):
+                steps = [row["step"] for row in rows]
+                label = f"step {name.removeprefix(prefix)}"
+                axis.plot(steps, [row[name] for row in rows], label=label)
+            axis.set(title=title, xlabel="optimiser step")
+            axis.grid(alpha=0.3)
+            axis.legend()
+        figure.tight_layout()
+        figure.savefig(self.folder / "metrics.png", dpi=110)
+        pyplot.close(figure)
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""

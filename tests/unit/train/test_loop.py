@@ -40,8 +40,15 @@ def accepted_per_step(config: TrainConfig, head: Path) -> float:
 
 def test_training_raises_acceptance(tiny_config: TrainConfig) -> None:
     config = changed(tiny_config, steps=300, ema_decay=0.9, draft_vocab_size=40)
-    untrained = train(changed(config, steps=1, warmup_steps=0, learning_rate=1e-9,
-                              output=config.output / "untrained"))
+    untrained = train(
+        changed(
+            config,
+            steps=1,
+            warmup_steps=0,
+            learning_rate=1e-9,
+            output=config.output / "untrained",
+        )
+    )
     before = accepted_per_step(config, untrained)
     head = train(config)
     after = accepted_per_step(config, head)
@@ -54,17 +61,20 @@ def test_training_raises_acceptance(tiny_config: TrainConfig) -> None:
     rows = list(csv.DictReader((config.output / "metrics.csv").open()))
     assert int(float(rows[-1]["step"])) == 300
     assert float(rows[-1]["ploss_0"]) < float(rows[0]["ploss_0"]) - 0.5
+    assert (config.output / "metrics.png").read_bytes().startswith(b"\x89PNG")
     validation = json.loads((config.output / "metrics.json").read_text())
     assert len(validation[-1]["agreement"]) == 3
 
 
-@pytest.mark.parametrize("ema_decay", [None, 0.8], ids=["plain", "ema"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"ema_decay": 0.8}, {"muon_lr": 1e-3}],
+    ids=["plain", "ema", "muon"],
+)
 def test_resuming_inside_an_epoch_gives_the_same_weights(
-    tiny_config: TrainConfig, ema_decay: float | None
+    tiny_config: TrainConfig, settings: dict[str, float]
 ) -> None:
-    whole = changed(
-        tiny_config, output=tiny_config.output / "whole", ema_decay=ema_decay
-    )
+    whole = changed(tiny_config, output=tiny_config.output / "whole", **settings)
     assert 7 % len(Trainer(whole)._epoch(0)) != 0  # noqa: SLF001 - inside an epoch
     train(whole)
 
