@@ -53,9 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     from vllm_clover2.train.generate import GenerateConfig
 
     parser = argparse.ArgumentParser(prog="vllm-clover2", description=__doc__)
-    parser.add_argument(
-        "--version", action="version", version=vllm_clover2.__version__
-    )
+    parser.add_argument("--version", action="version", version=vllm_clover2.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     _settings_command(
         commands, "generate", GenerateConfig, "let the target answer prompts"

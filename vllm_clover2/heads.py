@@ -46,7 +46,8 @@ def _read_registry() -> dict[str, str]:
         content = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"the head registry {path} is not valid JSON ({error}); correct or delete it"
+            f"the head registry {path} is not valid JSON ({error}); correct or delete "
+            "it"
         ) from error
     if not isinstance(content, dict) or not all(
         isinstance(folder, str) for folder in content.values()
@@ -145,8 +146,8 @@ def find_head(target: str, target_config: Mapping[str, Any] | Any) -> Path:
             return head.folder
     listed = "\n".join(f"  {head.target} -> {head.folder}" for head in heads)
     raise ValueError(
-        f"no Clover-2 head is known for {target!r}. Known heads:\n{listed or '  none'}\n"
-        "Add one with `vllm-clover2 heads add TARGET HEAD_FOLDER`, or give its folder "
+        f"no Clover-2 head is known for {target!r}. Known heads:\n"
+        f"{listed or '  none'}\nAdd one with `vllm-clover2 heads add TARGET HEAD_FOLDER`, or give its folder "
         "as the speculative model."
     )
 

@@ -61,16 +61,16 @@ def test_forward_matches(case: Path) -> None:
     assert_close(rab1[valid], golden["rab1_out"][valid], HIDDEN_TOLERANCE)
     g = model.augment(golden["hidden_states"], embeddings, golden["attention_mask"])
     for number, out in enumerate(layers):
-        assert_close(
-            out[valid], golden[f"layer{number}_out"][valid], HIDDEN_TOLERANCE
-        )
+        assert_close(out[valid], golden[f"layer{number}_out"][valid], HIDDEN_TOLERANCE)
     assert_close(g[valid], golden["clover_h"][valid], HIDDEN_TOLERANCE)
 
     heads = model.unroll(g, embeddings, model.config.num_draft_steps)
     assert_close(heads[:, valid], golden["heads_out"][:, valid], HIDDEN_TOLERANCE)
     row, position = golden["logit_positions"].T
-    logits = golden["heads_out"].new_tensor([]) if not len(row) else (
-        heads[:, row, position] @ lm_head.T
+    logits = (
+        golden["heads_out"].new_tensor([])
+        if not len(row)
+        else (heads[:, row, position] @ lm_head.T)
     )
     assert_close(logits, golden["logits"], LOGIT_TOLERANCE)
 
@@ -138,9 +138,7 @@ def test_incremental_decode_matches(case: Path, fused: bool) -> None:
         assert_close(top.values, part["top_logits"], LOGIT_TOLERANCE)
         share = top.values.softmax(-1)
         assert_close(share, part["ss_prob"], 1e-5)
-    assert_close(
-        cache.keys[-1], golden["kv_final.layer_last.key"], HIDDEN_TOLERANCE
-    )
+    assert_close(cache.keys[-1], golden["kv_final.layer_last.key"], HIDDEN_TOLERANCE)
     assert_close(
         cache.values[-1], golden["kv_final.layer_last.value"], HIDDEN_TOLERANCE
     )

@@ -192,8 +192,9 @@ def test_incomplete_or_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be \\[vocab_size, hidden_size\\]"):
         from_reference(state, {**config, "vocab_size": 21})
     with pytest.raises(ValueError, match="missing .*'norm.weight'"):
-        from_reference({k: v for k, v in state.items() if k != "clover_norm.weight"},
-                       config)
+        from_reference(
+            {k: v for k, v in state.items() if k != "clover_norm.weight"}, config
+        )
     with pytest.raises(ValueError, match="unknown tensors .*'fc.weight'"):
         from_reference({**state, "fc.weight": torch.ones(1)}, config)
     with pytest.raises(ValueError, match="must have shape"):

@@ -18,11 +18,19 @@ def parsed(arguments: list[str]) -> TrainConfig:
 
 
 def test_every_setting_is_an_option() -> None:
-    settings = parsed(
-        "train --target t --answers a.jsonl --output o --steps 30 --warmup-steps 5 "
-        "--learning-rate 0.01 --draft-vocab-size 9 --compile-loss --init-layers first "
-        "--hidden-cache cache".split()
-    )
+    options = {
+        "--target": "t",
+        "--answers": "a.jsonl",
+        "--output": "o",
+        "--steps": "30",
+        "--warmup-steps": "5",
+        "--learning-rate": "0.01",
+        "--draft-vocab-size": "9",
+        "--init-layers": "first",
+        "--hidden-cache": "cache",
+    }
+    words = [word for option in options.items() for word in option]
+    settings = parsed(["train", *words, "--compile-loss"])
     assert settings == TrainConfig(
         target="t",
         answers=Path("a.jsonl"),
@@ -49,7 +57,7 @@ def test_every_setting_is_an_option() -> None:
 def test_wrong_values_are_one_line(
     extra: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = "train --target t --answers a --output o".split()
+    arguments = ["train", "--target", "t", "--answers", "a", "--output", "o"]
     assert cli.main([*arguments, *extra.split()]) == 1
     error = capsys.readouterr().err
     assert error.startswith("vllm-clover2: ")

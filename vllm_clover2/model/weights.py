@@ -137,7 +137,7 @@ def _load_checked(
     ids = state.get("draft_vocab_ids")
     if ids is not None and not (
         bool((ids.diff() > 0).all())
-        and 0 <= int(ids[0])
+        and int(ids[0]) >= 0
         and int(ids[-1]) < model.config.vocab_size
     ):
         raise ValueError(

@@ -164,9 +164,7 @@ def token_budget_batches(
     return batches
 
 
-def _cut(
-    lengths: np.ndarray, order: np.ndarray, max_tokens: int
-) -> list[np.ndarray]:
+def _cut(lengths: np.ndarray, order: np.ndarray, max_tokens: int) -> list[np.ndarray]:
     """Cut length-sorted answers into runs of padded size <= `max_tokens`."""
     batches: list[np.ndarray] = []
     first = 0

@@ -18,7 +18,6 @@ from vllm_clover2.model import Clover2Model
 from vllm_clover2.model.weights import save_head
 from vllm_clover2.train.config import TrainConfig
 from vllm_clover2.train.data import (
-    AnswerSet,
     Batch,
     collate,
     read_answers,
@@ -223,8 +222,8 @@ class Trainer:
         )
         if not (bool(torch.isfinite(result.loss)) and bool(torch.isfinite(norm))):
             raise RuntimeError(
-                f"loss {float(result.loss.detach())} or gradient norm {float(norm)} is not "
-                f"finite at step {self.step}; nothing was updated. Lower "
+                f"loss {float(result.loss.detach())} or gradient norm {float(norm)} is "
+                f"not finite at step {self.step}; nothing was updated. Lower "
                 "learning_rate or check the target's hidden states; the last good "
                 f"checkpoint is {self.run_directory.latest()}"
             )

@@ -40,10 +40,7 @@ def _shift_steps(
 ) -> torch.Tensor:  # [D, B, T] bool: step i holds flags[:, t + i]
     length = flags.shape[1]
     return torch.stack(
-        [
-            F.pad(flags[:, step:], (0, min(step, length)))
-            for step in range(num_steps)
-        ]
+        [F.pad(flags[:, step:], (0, min(step, length))) for step in range(num_steps)]
     )
 
 

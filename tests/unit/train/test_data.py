@@ -40,8 +40,11 @@ def test_answers_are_read_flat(tmp_path: Path, suffix: str) -> None:
 def test_long_answers_are_cut_and_long_prompts_left_out(tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.jsonl",
-        [record("cut", [1], [2] * 9), record("left out", [1] * 5, [2]),
-         record("empty", [1], [])],
+        [
+            record("cut", [1], [2] * 9),
+            record("left out", [1] * 5, [2]),
+            record("empty", [1], []),
+        ],
     )
     answers = read_answers(path, vocab_size=3, max_length=5)
     assert answers.ids == ["cut"]
@@ -49,7 +52,9 @@ def test_long_answers_are_cut_and_long_prompts_left_out(tmp_path: Path) -> None:
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
-    whole = write(tmp_path / "a.jsonl.gz", [record(str(i), [1], [i]) for i in range(99)])
+    whole = write(
+        tmp_path / "a.jsonl.gz", [record(str(i), [1], [i]) for i in range(99)]
+    )
     torn = tmp_path / "torn.jsonl.gz"
     torn.write_bytes(whole.read_bytes()[:-40])
     with pytest.raises(ValueError, match=r"torn\.jsonl\.gz is damaged"):
