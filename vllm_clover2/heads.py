@@ -147,7 +147,8 @@ def find_head(target: str, target_config: Mapping[str, Any] | Any) -> Path:
     listed = "\n".join(f"  {head.target} -> {head.folder}" for head in heads)
     raise ValueError(
         f"no Clover-2 head is known for {target!r}. Known heads:\n"
-        f"{listed or '  none'}\nAdd one with `vllm-clover2 heads add TARGET HEAD_FOLDER`, or give its folder "
+        f"{listed or '  none'}\n"
+        "Add one with `vllm-clover2 heads add TARGET HEAD_FOLDER`, or give its folder "
         "as the speculative model."
     )
 
