@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from transformers import LlamaConfig
 from vllm.compilation.decorators import support_torch_compile
@@ -26,6 +27,7 @@ from vllm.model_executor.models.utils import (
     maybe_prefix,
 )
 
+from vllm_clover2.model.clover2 import Clover2Model
 from vllm_clover2.model.config import Clover2Config
 from vllm_clover2.model.layers import RecurrentHead, RegressiveAttentionBlock
 
@@ -99,7 +101,7 @@ class Clover2DraftModel(nn.Module):
             self.config.hidden_size,
             self.config.num_attention_heads,
             self.config.rms_norm_eps,
-        )
+        ).to(self._recurrent_dtype(vllm_config.model_config.dtype))
         size = self.config.draft_vocab_size
         self.draft_vocab_ids = None
         if size is not None:  # a parameter, because vLLM's loaders fill those
@@ -108,6 +110,17 @@ class Clover2DraftModel(nn.Module):
         self._embeddings: VocabParallelEmbedding
         self._output_weight: torch.Tensor | None = None
         self._full_logits = LogitsProcessor(self.config.vocab_size)
+
+    def _recurrent_dtype(self, target_dtype: torch.dtype) -> torch.dtype:
+        """Dtype of growing trees: the target's, or the head's own if that is smaller.
+
+        Under a float32 target a head stored in bf16 gains nothing from float32 here,
+        and its output head is the largest thing that growing reads.
+        """
+        stored = self.config.dtype
+        if target_dtype == torch.float32 and isinstance(stored, torch.dtype):
+            return stored
+        return target_dtype
 
     def bind_target(self, target: nn.Module) -> None:
         """Share the target's ``lm_head``, as embeddings and as output head.
@@ -127,7 +140,8 @@ class Clover2DraftModel(nn.Module):
             )
         self._embeddings = lm_head
         if self.draft_vocab_ids is not None:
-            self._output_weight = self.embed(self.draft_vocab_ids)
+            weight = self.embed(self.draft_vocab_ids)
+            self._output_weight = weight.to(self.recurrent.norm.weight.dtype)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """``lm_head`` rows of target ids [n] -> [n, hidden], on every rank."""
@@ -148,7 +162,8 @@ class Clover2DraftModel(nn.Module):
         self, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:  # [n, hidden], [n, draft_vocab]
         """State and log-probabilities of the root's children."""
-        return hidden, self._log_probs(self.recurrent.first(hidden))
+        state = hidden.to(self.recurrent.norm.weight.dtype)
+        return state, self._log_probs(self.recurrent.first(state))
 
     def advance(
         self,
@@ -156,7 +171,8 @@ class Clover2DraftModel(nn.Module):
         tokens: torch.Tensor,  # [n] target ids
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One recurrent step along ``tokens``; same outputs as :meth:`first`."""
-        state, output = self.recurrent.advance(state, self.embed(tokens))
+        embeddings = self.embed(tokens).to(state.dtype)
+        state, output = self.recurrent.advance(state, embeddings)
         return state, self._log_probs(output)
 
     def token_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
@@ -168,19 +184,22 @@ class Clover2DraftModel(nn.Module):
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[n, hidden] -> logits over the draft's vocabulary [n, draft_vocab]."""
         if self._output_weight is None:
-            return self._full_logits(self._embeddings, hidden_states)
+            weight_dtype = self._embeddings.weight.dtype
+            return self._full_logits(self._embeddings, hidden_states.to(weight_dtype))
         return F.linear(hidden_states, self._output_weight)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load every tensor of a head in our own format.
 
         Raises:
-            ValueError: a tensor is missing, unknown, or holds NaN or infinity.
+            ValueError: the file is damaged; or a tensor is missing, unknown, of a
+                wrong shape, or holds NaN or infinity.
 
         """
         loader = AutoWeightsLoader(self)
         loaded = loader.load_weights(
-            map(_into_model, _checked(weights)), mapper=self.hf_to_vllm_mapper
+            map(_into_model, _checked(weights, self.config)),
+            mapper=self.hf_to_vllm_mapper,
         )
         expected = {name for name, _ in self.named_parameters()}
         if missing := sorted(expected - loaded):
@@ -220,15 +239,32 @@ def _llama_config(config: Clover2Config) -> LlamaConfig:
 
 
 def _checked(
-    weights: Iterable[tuple[str, torch.Tensor]],
+    weights: Iterable[tuple[str, torch.Tensor]], config: Clover2Config
 ) -> Iterable[tuple[str, torch.Tensor]]:
-    for name, tensor in weights:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(
-                f"The head's weights must be finite, but {name} holds NaN or infinity; "
-                f"the checkpoint is damaged or its training diverged."
-            )
-        yield name, tensor
+    """The tensors as they come, each of a name and shape that ``config`` implies."""
+    with torch.device("meta"):
+        plain = Clover2Model(config)
+    expected = {name: tuple(t.shape) for name, t in plain.state_dict().items()}
+    try:
+        for name, tensor in weights:
+            found = tuple(tensor.shape)
+            if expected.get(name) != found:
+                raise ValueError(
+                    f"The head's weights must be those of its config.json, but {name} "
+                    f"has shape {found}, expected "
+                    f"{expected.get(name, 'no such tensor')}. Export the head again."
+                )
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise ValueError(
+                    f"The head's weights must be finite, but {name} holds NaN or "
+                    f"infinity; the checkpoint is damaged or its training diverged."
+                )
+            yield name, tensor
+    except SafetensorError as error:
+        raise ValueError(
+            f"The head's model.safetensors must be a whole safetensors file, but it "
+            f"cannot be read ({error}). Copy or export the head again."
+        ) from error
 
 
 def _into_model(weight: tuple[str, torch.Tensor]) -> tuple[str, torch.Tensor]:

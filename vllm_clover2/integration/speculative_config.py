@@ -50,6 +50,8 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
     """Levels of the tree."""
     top_p: float | None = None
     """Nucleus mass that a node's children must lie in (dynamic tree)."""
+    min_ratio: float | None = None
+    """Children under this share of their likeliest sibling are dropped (dynamic)."""
     adaptive: bool | None = None
     """Verify fewer nodes where they cost more than they yield (dynamic tree)."""
 

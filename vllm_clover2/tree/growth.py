@@ -41,6 +41,9 @@ class DynamicTree:
     top_p: float = 1.0
     # Clover-1's rule against flat tails: 0.6 / 0.1 / 0.1 / 0.1 keeps one child.
     min_ratio: float = 0.25
+    # Grow no further below a level whose nodes hold less probability than this, on
+    # average over the requests. Looking waits for the device; 0 never looks.
+    min_level_mass: float = 0.0
 
 
 class _Children(NamedTuple):
@@ -96,6 +99,8 @@ def grow_dynamic(
     state = state[:, None].expand(-1, width, -1)
     base = 0  # candidates above this level
     for _ in range(1, tree.depth):
+        if tree.min_level_mass and _mass(joint[-1], frontier) < tree.min_level_mass:
+            break
         state, log_probs = draft.advance(
             state.flatten(0, 1), tokens[-1].gather(1, frontier).flatten()
         )
@@ -112,6 +117,11 @@ def grow_dynamic(
         row = (frontier // width)[:, :, None].expand(-1, -1, grown.shape[-1])
         state = grown.gather(1, row)
     return _best(torch.cat(tokens, 1), torch.cat(joint, 1), torch.cat(parents, 1), tree)
+
+
+def _mass(joint: torch.Tensor, frontier: torch.Tensor) -> float:
+    """Probability that a level's frontier is reached, averaged over the requests."""
+    return float(joint.gather(1, frontier).exp().sum(1).mean())
 
 
 def _best(

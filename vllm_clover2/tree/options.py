@@ -24,6 +24,8 @@ class TreeOptions(pydantic.BaseModel):
     top_k: int = pydantic.Field(8, ge=1, le=MAX_NODES)
     depth: int = pydantic.Field(5, ge=1, le=MAX_NODES)
     top_p: float = pydantic.Field(1.0, gt=0.0, le=1.0)
+    # Dynamic trees only: drop children under this share of their likeliest sibling.
+    min_ratio: float = pydantic.Field(0.25, ge=0.0, le=1.0)
     # Dynamic trees only: verify fewer nodes where they cost more than they yield (see
     # tree.budget). Off: always num_speculative_tokens, if the tree has as many.
     adaptive: bool = True
@@ -71,4 +73,6 @@ class TreeOptions(pydantic.BaseModel):
         """The limits of a dynamic tree."""
         if self.tree != "dynamic":
             raise ValueError(f'tree must be "dynamic", found {self.tree!r}')
-        return DynamicTree(self.num_nodes, self.top_k, self.depth, self.top_p)
+        return DynamicTree(
+            self.num_nodes, self.top_k, self.depth, self.top_p, self.min_ratio
+        )

@@ -186,3 +186,18 @@ def test_no_requests(toy_draft, hidden) -> None:
     ):
         assert grown.tokens.shape == (0, 25)
         assert grown.sizes.numel() == 0
+
+
+def test_growth_stops_below_a_level_with_too_little_mass(toy_draft, hidden) -> None:
+    """With the limit just above a level's mass its nodes have no children."""
+    whole = grow_dynamic(toy_draft, hidden, DynamicTree(63, top_k=3, depth=4))
+    first_level = whole.joint.masked_fill(whole.depths != 1, -math.inf)
+    mass = float(first_level.exp().sum(1).mean())
+
+    def deepest(limit: float) -> int:
+        tree = DynamicTree(63, top_k=3, depth=4, min_level_mass=limit)
+        return int(grow_dynamic(toy_draft, hidden, tree).depths.max())
+
+    assert deepest(mass * 1.001) == 1
+    assert deepest(mass * 0.999) > 1
+    assert deepest(0.0) == 4
