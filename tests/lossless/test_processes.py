@@ -15,9 +15,11 @@ from planting import with_truth
 
 HERE = Path(__file__).parent
 REQUESTS = [
-    *random_prompts(8, seed=110),
-    *[r.replaced(temperature=0.9, seed=4) for r in random_prompts(4, seed=111)],
+    *random_prompts(6, seed=110, longest=40),
+    *random_prompts(3, seed=111),
 ]
+REQUESTS = [r.replaced(max_tokens=24) for r in REQUESTS]
+REQUESTS[-1] = REQUESTS[-1].replaced(temperature=0.9, seed=4)
 
 
 def run_elsewhere(
@@ -104,12 +106,13 @@ def test_tensor_parallel_heads_own_trees(
     target: Path, head: Path, baseline: Baseline, tmp_path: Path
 ) -> None:
     """Ranks grow the same trees, else their caches and texts would part."""
+    requests = REQUESTS[:3]
     answers = run_elsewhere(
         tmp_path,
-        REQUESTS,
+        requests,
         plant=None,
         model=str(target),
         speculative_config={"method": "clover2", "model": str(head)},
         tensor_parallel_size=2,
     )
-    assert answers["tokens"] == [output.tokens for output in baseline(REQUESTS)]
+    assert answers["tokens"] == [output.tokens for output in baseline(requests)]
