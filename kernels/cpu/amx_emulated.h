@@ -76,6 +76,13 @@ struct AmxEmulatedKernel {
     }
   }
 
+  void copy_values(const Element* source, int64_t source_block, Element* target,
+                   int64_t target_block, int64_t tokens) const {
+    for (int64_t token = 0; token < tokens; ++token) {
+      copy_value(source, token, source_block, target, token, target_block);
+    }
+  }
+
   void copy_value(const Element* source, int64_t source_token,
                   int64_t source_block, Element* target, int64_t target_token,
                   int64_t target_block) const {

@@ -240,8 +240,11 @@ class Attention {
     // Unused places are multiplied with zero probabilities: they must be
     // finite.
     std::memset(tail_values_, 0, kTailTokens * problem_.dim * sizeof(Element));
-    for (int64_t position = shared_end_; position < prefix_; ++position) {
-      copy_tail_value(position, position);
+    if (prefix_ > shared_end_) {
+      const int64_t token = shared_end_ % problem_.block_size;
+      kernel_.copy_values(values_of(shared_end_) + kernel_.value_offset(token),
+                          problem_.block_size, tail_values_, kTailTokens,
+                          prefix_ - shared_end_);
     }
     std::memset(tail_row_, 0xff, sizeof(tail_row_));
   }
@@ -274,15 +277,15 @@ class Attention {
     const float* tail = tail_logits_ + query * kTailTokens - shared_end_;
     const int64_t row = row_of(query);
     const int64_t last = prefix_ + steps_[row];  // one after the row itself
-    for (int64_t position = begin > shared_end_ ? begin : shared_end_;
-         position < end; ++position) {
-      float score = -std::numeric_limits<float>::infinity();
-      if (position < prefix_) {
-        score = tail[position];
-      } else if (position < last) {
-        score = tail[prefix_ + path_[row][position - prefix_]];
-      }
-      logits[position - begin] = score;
+    int64_t position = begin > shared_end_ ? begin : shared_end_;
+    for (; position < end && position < prefix_; ++position) {
+      logits[position - begin] = tail[position];
+    }
+    for (; position < end && position < last; ++position) {
+      logits[position - begin] = tail[prefix_ + path_[row][position - prefix_]];
+    }
+    for (; position < end; ++position) {
+      logits[position - begin] = -std::numeric_limits<float>::infinity();
     }
     for (int64_t i = 0; Kernel::kScaleLogits && i < end - begin; i += kLanes) {
       store_floats(logits + i, load_floats(logits + i) * problem_.scale);

@@ -57,10 +57,14 @@ CLOVER2_INLINE void store_floats(float* target, const floats& vector) {
 
 // Round to nearest even; a NaN stays one.
 CLOVER2_INLINE void store_floats(BFloat16* target, const floats& vector) {
+#ifdef CLOVER2_BF16
+  const auto narrow = _mm512_maskz_cvtneps_pbh(0xffff, vector);
+#else
   const words bits = load<words>(&vector);
   words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   rounded = vector == vector ? rounded : words{} + 0x7fc0;
   const shorts narrow = __builtin_convertvector(rounded, shorts);
+#endif
   std::memcpy(target, &narrow, sizeof(narrow));
 }
 
@@ -90,7 +94,31 @@ CLOVER2_INLINE floats multiply_add(const floats& a, const floats& b,
 }
 
 CLOVER2_INLINE floats maximum(const floats& a, const floats& b) {
+#if CLOVER2_LANES == 16
+  return _mm512_maskz_max_ps(0xffff, a, b);
+#else
   return a > b ? a : b;
+#endif
+}
+
+CLOVER2_INLINE floats minimum(const floats& a, const floats& b) {
+#if CLOVER2_LANES == 16
+  return _mm512_maskz_min_ps(0xffff, a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// The largest integers not above.
+CLOVER2_INLINE ints round_down(const floats& vector) {
+#if CLOVER2_LANES == 16
+  return reinterpret_cast<ints>(_mm512_maskz_cvt_roundps_epi32(
+      0xffff, vector, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+#else
+  const ints truncated = __builtin_convertvector(vector, ints);
+  // True is -1.
+  return truncated + (__builtin_convertvector(truncated, floats) > vector);
+#endif
 }
 
 CLOVER2_INLINE float largest(const floats& vector) {
@@ -120,13 +148,10 @@ CLOVER2_INLINE floats exponential(const floats& x) {
   constexpr float kMin =
       -0x1.5d58a0p+6f;  // 0xc2aeac50, ln of the smallest normal
   constexpr float kMax = 0x1.62e430p+6f;  // 0x42b17218, ln of the largest
-  floats value = x < kMax ? x : broadcast(kMax);
-  value = maximum(value, broadcast(kMin));
+  const floats value = maximum(minimum(x, broadcast(kMax)), broadcast(kMin));
   const floats shifted =
       multiply_add(value, broadcast(kLog2E), broadcast(0.5f));
-  ints exponent = __builtin_convertvector(shifted, ints);  // truncates
-  const floats truncated = __builtin_convertvector(exponent, floats);
-  exponent += truncated > shifted;  // true is -1: now the floor
+  const ints exponent = round_down(shifted);
   const floats whole = __builtin_convertvector(exponent, floats);
   const floats rest = multiply_add(-whole, broadcast(kLn2), value);
   floats result =

@@ -27,7 +27,7 @@
   #pragma GCC diagnostic ignored "-Wpsabi"
   #pragma GCC push_options
   #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-  #pragma GCC target("amx-tile,amx-bf16")
+  #pragma GCC target("avx512bf16,amx-tile,amx-bf16")
 
 namespace clover2::cpu {
 using torch::headeronly::BFloat16;
@@ -37,6 +37,7 @@ using torch::headeronly::ScalarType;
 
   #define CLOVER2_ISA amx
   #define CLOVER2_LANES 16
+  #define CLOVER2_BF16
   #include "simd.h"
   #include "attention.h"
 
@@ -120,6 +121,20 @@ struct AmxKernel {
                               kTileRows * block_size,
                               tokens};
       multiply<true>(queries, operands, out + d, dim);
+    }
+  }
+
+  // Two tokens' values are interleaved, those of a group follow each other.
+  void copy_values(const Element* source, int64_t source_block, Element* target,
+                   int64_t target_block, int64_t tokens) const {
+    const size_t pairs_bytes = tokens / kPair * kRowBytes;
+    for (int64_t d = 0; d < dim; d += kTileRows) {
+      std::memcpy(target + d * target_block, source + d * source_block,
+                  pairs_bytes);
+    }
+    if (tokens % kPair != 0) {
+      copy_value(source, tokens - 1, source_block, target, tokens - 1,
+                 target_block);
     }
   }
 

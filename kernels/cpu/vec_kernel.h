@@ -110,6 +110,13 @@ struct VecKernel {
     }
   }
 
+  // Copies the values of a group's first tokens between two blocks' value
+  // parts.
+  void copy_values(const Element* source, int64_t, Element* target, int64_t,
+                   int64_t tokens) const {
+    std::memcpy(target, source, tokens * dim * sizeof(Element));
+  }
+
   // Copies one token's value between two blocks' value parts.
   void copy_value(const Element* source, int64_t source_token, int64_t,
                   Element* target, int64_t target_token, int64_t) const {

@@ -111,7 +111,7 @@ def tree_attention(
     The rows' KV must already be in the cache, row r at position prefix + r. Rows of
     ``out`` that belong to no tree stay as they are.
     """
-    torch.ops.clover2.tree_attention(
+    torch.ops.clover2.tree_attention.default(
         query, kv_cache, int(layout), block_table, prefix_lens, query_starts,
         row_offsets, ancestors, scale, softcap, sliding_window, out,
     )  # fmt: skip
@@ -126,7 +126,7 @@ def tree_accept(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Accepted rows [R, max_depth] (-1 padded), their number [R], next tokens [R]."""
     result: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    result = torch.ops.clover2.tree_accept(
+    result = torch.ops.clover2.tree_accept.default(
         target_tokens, draft_tokens, parents, row_offsets, max_depth
     )
     return result
@@ -141,6 +141,6 @@ def commit_kv(
     lengths: torch.Tensor,  # [R] int32
 ) -> None:
     """Moves accepted rows' KV to the positions after the root, in every layer."""
-    torch.ops.clover2.commit_kv(
+    torch.ops.clover2.commit_kv.default(
         kv_caches, int(layout), block_table, prefix_lens, paths, lengths
     )
