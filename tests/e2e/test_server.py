@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm serve`` with clover2, asked by an unmodified ``openai`` client."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from engines import Engine
+from serve import server
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+pytestmark = pytest.mark.slow
+
+QUESTIONS = [
+    "What is a licence?",
+    "Name three colours.",
+    "Who wrote this, and why was it written in such a long sentence?",
+    "Hi",
+    "You may reproduce and distribute copies of the Work in any medium.",
+    "1 2 3 4 5",
+]
+SCHEMA = {
+    "type": "object",
+    "properties": {"age": {"type": "integer"}, "tag": {"enum": ["a", "bb"]}},
+    "required": ["age", "tag"],
+    "additionalProperties": False,
+}
+LENGTH = 40
+
+
+def arguments(target: Path) -> list[str]:
+    return [
+        str(target),
+        *("--host", "127.0.0.1", "--served-model-name", "tiny"),
+        *("--dtype", "float32", "--max-model-len", "512", "--enforce-eager"),
+        *("--kv-cache-memory-bytes", str(16 << 20), "--max-num-seqs", "16"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Environment of the servers; yields a folder for their files."""
+    folder = tmp_path_factory.mktemp("server")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CLOVER2_HEADS", str(folder / "heads.json"))
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def url(environment: Path, target: Path, head: Path) -> Iterator[str]:
+    """A server that was told no more than ``--speculative-model clover2``."""
+    command = Path(sys.executable).with_name("vllm-clover2")
+    subprocess.run([command, "heads", "add", str(target), str(head)], check=True)
+    flags = ["--speculative-model", "clover2"]
+    with server([*arguments(target), *flags], environment / "server.log") as address:
+        yield address
+
+
+@pytest.fixture
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=url, api_key="none", timeout=120, max_retries=0)
+
+
+def offline(plain: Engine, question: str, **params: Any) -> str:
+    """The answer of vLLM without speculation."""
+    defaults = {"temperature": 0.0, "max_tokens": LENGTH}
+    outputs = plain.llm.chat(
+        [{"role": "user", "content": question}],
+        SamplingParams(**(defaults | params)),
+        use_tqdm=False,
+    )
+    return outputs[0].outputs[0].text
+
+
+def chat(client: openai.OpenAI, question: str, **params: Any) -> Any:
+    defaults = {"temperature": 0.0, "max_tokens": LENGTH}
+    return client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": question}],
+        **(defaults | params),
+    )
+
+
+def test_answers_are_those_of_plain_vllm(client: openai.OpenAI, plain: Engine) -> None:
+    for question in QUESTIONS:
+        answer = chat(client, question)
+        assert answer.choices[0].message.content == offline(plain, question)
+        assert answer.choices[0].finish_reason in ("length", "stop")
+        assert 0 < answer.usage.completion_tokens <= LENGTH
+
+
+def test_several_streams_at_once(url: str, plain: Engine) -> None:
+    async def stream(client: openai.AsyncOpenAI, question: str) -> tuple[str, int]:
+        chunks = await client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": question}],
+            temperature=0.0,
+            max_tokens=LENGTH,
+            stream=True,
+        )
+        parts = [
+            chunk.choices[0].delta.content or ""
+            async for chunk in chunks
+            if chunk.choices
+        ]
+        return "".join(parts), len(parts)
+
+    async def all_streams() -> list[tuple[str, int]]:
+        async with openai.AsyncOpenAI(base_url=url, api_key="none") as client:
+            return await asyncio.gather(*(stream(client, q) for q in QUESTIONS))
+
+    answers = asyncio.run(all_streams())
+    assert [text for text, _ in answers] == [offline(plain, q) for q in QUESTIONS]
+    assert all(parts > 1 for _, parts in answers)
+
+
+def test_seeded_sampling(client: openai.OpenAI, plain: Engine) -> None:
+    for seed, question in enumerate(QUESTIONS[:3]):
+        params = {"temperature": 0.9, "top_p": 0.9, "seed": seed}
+        answer = chat(client, question, **params)
+        assert answer.choices[0].message.content == offline(plain, question, **params)
+
+
+def test_logprobs(client: openai.OpenAI) -> None:
+    answer = chat(client, QUESTIONS[0], logprobs=True, top_logprobs=2)
+    entries = answer.choices[0].logprobs.content
+    assert len(entries) == answer.usage.completion_tokens
+    assert all(len(entry.top_logprobs) == 2 for entry in entries)
+    assert all(entry.logprob <= 0.0 for entry in entries)
+
+
+def test_structured_output(client: openai.OpenAI, plain: Engine) -> None:
+    schema = {"name": "person", "schema": SCHEMA, "strict": True}
+    answer = chat(
+        client,
+        QUESTIONS[1],
+        response_format={"type": "json_schema", "json_schema": schema},
+    )
+    grammar = StructuredOutputsParams(json=SCHEMA)
+    expected = offline(plain, QUESTIONS[1], structured_outputs=grammar)
+    assert answer.choices[0].message.content == expected
+    assert expected.startswith("{")
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [{"min_p": 0.2, "temperature": 0.9}, {"temperature": -1.0}, {"max_tokens": 10_000}],
+    ids=json.dumps,
+)
+def test_bad_requests_do_not_harm_the_server(
+    client: openai.OpenAI, plain: Engine, refused: dict[str, Any]
+) -> None:
+    with pytest.raises(openai.BadRequestError):
+        chat(client, QUESTIONS[0], extra_body=refused)
+    answer = chat(client, QUESTIONS[3])
+    assert answer.choices[0].message.content == offline(plain, QUESTIONS[3])
+
+
+def test_a_client_that_hangs_up(client: openai.OpenAI, plain: Engine) -> None:
+    stream = chat(client, QUESTIONS[2], stream=True, max_tokens=400)
+    next(iter(stream))
+    stream.close()
+    answer = chat(client, QUESTIONS[2])
+    assert answer.choices[0].message.content == offline(plain, QUESTIONS[2])
+
+
+def test_counters_are_exported(client: openai.OpenAI, url: str) -> None:
+    chat(client, QUESTIONS[0])
+    address = url.removesuffix("/v1") + "/metrics"
+    with urllib.request.urlopen(address, timeout=30) as response:
+        lines = response.read().decode().splitlines()
+    counters = {
+        line.split("{")[0]: float(line.rsplit(" ", 1)[1])
+        for line in lines
+        if line.startswith("vllm:spec_decode") and "_per_pos" not in line
+    }
+    drafts = counters["vllm:spec_decode_num_drafts_total"]
+    assert 0 < drafts <= counters["vllm:spec_decode_num_draft_tokens_total"]
+
+
+def test_json_options(
+    environment: Path, target: Path, head: Path, plain: Engine
+) -> None:
+    options = {"method": "clover2", "model": str(head), "tree": "static"}
+    flags = ["--speculative-config", json.dumps(options)]
+    log = environment / "json-options.log"
+    with server([*arguments(target), *flags], log) as address:
+        client = openai.OpenAI(base_url=address, api_key="none", timeout=120)
+        answer = chat(client, QUESTIONS[4])
+    assert answer.choices[0].message.content == offline(plain, QUESTIONS[4])
+    assert "tree='static'" in log.read_text()
+
+
+def test_server_without_a_head_says_which_are_known(
+    environment: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CLOVER2_HEADS", str(environment / "no-heads.json"))
+    flags = ["--speculative-model", "clover2"]
+    log = environment / "no-head.log"
+    with (
+        pytest.raises(RuntimeError, match="no Clover-2 head is known"),
+        server([*arguments(target), *flags], log),
+    ):
+        pass
