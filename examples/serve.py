@@ -92,8 +92,8 @@ def main() -> None:
         str(TARGET),
         "--speculative-model",
         "clover2",
-        "--max-model-len",
-        "2048",
+        "--max-model-len=2048",
+        "--kv-cache-memory-bytes=2G",  # vLLM would take nearly all memory
         *sys.argv[1:],
     ]
     print(f"Starting the server (a minute or two; log in {LOG})", flush=True)
