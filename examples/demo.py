@@ -37,7 +37,7 @@ def parse_args() -> argparse.Namespace:
         help="JSON lines with `messages` and, if wanted, `task`",
     )
     option("--concurrency", type=int, default=1, help="requests in flight")
-    option("--max-tokens", type=int, default=128, help="longest answer")
+    option("--max-tokens", type=int, default=64, help="longest answer")
     option("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     option(
         "--methods",
