@@ -21,5 +21,6 @@ from engine_fixtures import (  # noqa: E402, F401
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Engines last: they change torch's threads, and quick failures come first."""
-    here = Path(__file__).parent
-    items.sort(key=lambda item: here in item.path.parents)
+    tests = Path(__file__).parents[1]
+    folders = [tests / name for name in ("integration", "lossless", "e2e")]
+    items.sort(key=lambda item: any(f in item.path.parents for f in folders))

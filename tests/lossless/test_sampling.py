@@ -34,6 +34,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "min-tokens": {"temperature": 0.9, "min_tokens": 9, "stop_token_ids": [5, 6, 7]},
     "logprobs": {"temperature": 0.9, "logprobs": 3},
     "greedy-logprobs": {"logprobs": 5},
+    "chosen-logprobs": {"temperature": 0.7, "logprob_token_ids": [4, 9, 300]},
+    "many-logprobs": {"logprobs": 20},
     "prompt-logprobs": {"prompt_logprobs": 2, "logprobs": 0},
     "greedy": {},
 }

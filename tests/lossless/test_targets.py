@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Targets of other architectures, and engine options that change how they run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_fixtures import TINY, random_prompts
+from engines import EnginePool, assert_same
+from planting import CommitSpy, Planter, with_truth
+from tiny_models import save_random_head
+from transformers import AutoConfig, AutoModelForCausalLM
+
+TARGETS: dict[str, dict[str, Any]] = {
+    "tied-llama": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama-scaled-rope": {
+        "model_type": "llama",
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "qwen2": {"model_type": "qwen2"},  # biases
+    "qwen3": {"model_type": "qwen3", "head_dim": 64},  # norms of queries and keys
+}
+
+
+def save_other_target(folder: Path, changes: dict[str, Any]) -> Path:
+    sizes = {
+        "vocab_size": TINY.vocab_size,
+        "hidden_size": TINY.hidden_size,
+        "intermediate_size": 2 * TINY.hidden_size,
+        "num_hidden_layers": 3,
+        "num_attention_heads": TINY.num_heads,
+        "num_key_value_heads": TINY.num_kv_heads,
+        "initializer_range": TINY.init,
+        "max_position_embeddings": 1024,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    torch.manual_seed(5)
+    config = AutoConfig.for_model(**(sizes | changes))
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_planted_trees(
+    name: str,
+    engines: EnginePool,
+    head: Path,
+    plant: Callable[..., Planter],
+    commits: CommitSpy,
+    tmp_path: Path,
+) -> None:
+    target = save_other_target(tmp_path, TARGETS[name])
+    requests = random_prompts(12, seed=130)
+    requests += [r.replaced(temperature=0.8, seed=7) for r in random_prompts(4, 131)]
+    options = {"skip_tokenizer_init": True, "block_size": 32}
+    expected = engines.get(target, **options).run(requests)
+    engine = engines.get(target, head, **options)
+    own = engine.run(requests)
+    assert_same(expected, own, requests)
+    engine.forget_prefixes()
+    plant(seed=130)
+    actual = engine.run(with_truth(requests, expected))
+    assert_same(expected, actual, requests)
+    assert commits.moved > len(requests)
+
+
+def test_head_with_other_kv_than_the_targets(
+    engines: EnginePool,
+    target: Path,
+    plant: Callable[..., Planter],
+    commits: CommitSpy,
+    tmp_path: Path,
+) -> None:
+    """The draft's cache entries are larger than the target's."""
+    head = save_random_head(tmp_path, TINY, num_key_value_heads=4, head_dim=64)
+    requests = [r.replaced(max_tokens=100) for r in random_prompts(12, seed=132)]
+    expected = engines.get(target, block_size=32).run(requests)
+    engine = engines.get(target, head, block_size=32)
+    plant(seed=132)
+    assert_same(expected, engine.run(with_truth(requests, expected)), requests)
+    assert commits.moved > len(requests)
+
+
+def test_chain_with_quantized_kv(
+    engines: EnginePool, target: Path, head: Path, plant: Callable[..., Planter]
+) -> None:
+    requests = random_prompts(12, seed=133)
+    options = {"kv_cache_dtype": "fp8", "dtype": "bfloat16"}
+    expected = engines.get(target, **options).run(requests)
+    chain = {"tree": "chain", "num_speculative_tokens": 5}
+    engine = engines.get(target, head, chain, **options)
+    plant(seed=133, chain=True, hit_rate=0.9)
+    actual = engine.run(with_truth(requests, expected))
+    assert_same(expected, actual, requests)
+
+
+def test_without_prefix_caching(
+    engines: EnginePool,
+    target: Path,
+    head: Path,
+    plant: Callable[..., Planter],
+    commits: CommitSpy,
+) -> None:
+    requests = random_prompts(12, seed=134)
+    expected = engines.get(target).run(requests)
+    engine = engines.get(target, head, enable_prefix_caching=False)
+    plant(seed=134)
+    assert_same(expected, engine.run(with_truth(requests, expected)), requests)
+    assert commits.moved > len(requests)
+
+
+def test_thinking_budget(
+    engines: EnginePool,
+    target: Path,
+    head: Path,
+    plant: Callable[..., Planter],
+    commits: CommitSpy,
+) -> None:
+    """Such requests are not drafted for; their neighbours keep their trees."""
+    # Thinking starts with token 40 and is ended by force after the budget.
+    options = {
+        "reasoning_config": {"reasoning_start_str": "E", "reasoning_end_str": "of a"}
+    }
+    plain = engines.get(target, **options)
+    start = plain.llm.get_tokenizer().encode("E", add_special_tokens=False)
+    requests = random_prompts(8, seed=135)
+    budgets = [
+        type(request)((*request.prompt, *start), {"thinking_token_budget": 5 + i})
+        for i, request in enumerate(requests[:4])
+    ]
+    requests = [*budgets, *requests[4:]]
+    expected = plain.run(requests)
+    free = plain.run([r.replaced(thinking_token_budget=None) for r in budgets])
+    assert [o.tokens for o in free] != [o.tokens for o in expected[:4]]  # it acts
+    engine = engines.get(target, head, **options)
+    counts = engine.runner.drafts.counts
+    seen = counts["thinking budget: not drafted"]
+    plant(seed=135)
+    assert_same(expected, engine.run(with_truth(requests, expected)), requests)
+    assert counts["thinking budget: not drafted"] > seen
+    assert commits.accepted > 4
