@@ -25,7 +25,9 @@ class TreeOptions(pydantic.BaseModel):
     depth: int = pydantic.Field(5, ge=1, le=MAX_NODES)
     top_p: float = pydantic.Field(1.0, gt=0.0, le=1.0)
     # Dynamic trees only: drop children under this share of their likeliest sibling.
-    min_ratio: float = pydantic.Field(0.25, ge=0.0, le=1.0)
+    # Clover-1 has 0.25, for budgets of a few nodes; with 25 it costs 8 % of the tokens
+    # per step (SmolLM2-135M, greedy: 2.13 instead of 2.31).
+    min_ratio: float = pydantic.Field(0.0, ge=0.0, le=1.0)
     # Dynamic trees only: verify fewer nodes where they cost more than they yield (see
     # tree.budget). Off: always num_speculative_tokens, if the tree has as many.
     adaptive: bool = True
