@@ -83,7 +83,7 @@ def paths_of(grown, request):
         DynamicTree(9, top_p=0.6, min_ratio=0.1),
         DynamicTree(12, top_k=1, depth=12),
         DynamicTree(5, depth=1),
-        DynamicTree(40, min_ratio=0.0),
+        DynamicTree(40, min_ratio=0.25),
     ],
     ids=["default", "large", "top-p", "chain", "one-level", "no-ratio"],
 )
