@@ -85,7 +85,7 @@ def paths_of(grown, request):
         DynamicTree(5, depth=1),
         DynamicTree(40, min_ratio=0.25),
     ],
-    ids=["default", "large", "top-p", "chain", "one-level", "no-ratio"],
+    ids=["default", "large", "top-p", "chain", "one-level", "quarter-rule"],
 )
 def test_dynamic_tree_is_the_best(toy_draft, hidden, tree) -> None:
     grown = grow_dynamic(toy_draft, hidden, tree)
