@@ -274,6 +274,8 @@ class Trainer:
                 "one, or give the run another output folder"
             ) from error
         self.step = int(latest.name.removeprefix("step-"))
+        if self.accelerator.is_main_process:
+            self.run_directory.rewind(self.step)
 
     def save(self) -> None:
         self.run_directory.save(

@@ -16,6 +16,31 @@ from accelerate import Accelerator
 
 __all__ = ["RunDirectory"]
 
+# Settings that a resumed run may change: they neither alter what the finished steps
+# meant nor the order of the data.
+_FREE_SETTINGS = frozenset(
+    {
+        "target",  # paths may move; the data's hash and the weights' shapes tell
+        "answers",
+        "output",
+        "hidden_cache",
+        "steps",
+        "learning_rate",
+        "muon_lr",
+        "warmup_steps",
+        "decay_fraction",
+        "final_lr_fraction",
+        "weight_decay",
+        "clip_norm",
+        "compile_loss",
+        "threads",
+        "log_every",
+        "evaluate_every",
+        "save_every",
+        "keep_checkpoints",
+    }
+)
+
 _PACKAGES = ("vllm-clover2", "torch", "transformers", "accelerate", "safetensors")
 
 
@@ -37,17 +62,21 @@ class RunDirectory:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
 
     def record(self, settings: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-        """Write run.json; a resumed run must have the same data."""
+        """Write run.json; a resumed run must be the same run."""
         path = self.folder / "run.json"
+        history = []
         if path.exists():
             previous = json.loads(path.read_text())
-            if previous["data"] != data:
-                raise ValueError(
-                    f"{self.folder} was trained on {previous['data']}, this run has "
-                    f"{data}; give the run its own output folder"
-                )
+            self._check_same("data", previous["data"], data)
+            fixed = [
+                {key: value for key, value in one.items() if key not in _FREE_SETTINGS}
+                for one in (previous["settings"], settings)
+            ]
+            self._check_same("settings", *fixed)
+            history = [*previous.get("earlier_commands", []), previous["command"]]
         record = {
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "earlier_commands": history,
             "versions": {"python": platform.python_version(), **_versions()},
             "git": _git_commit(),
             "data": data,
@@ -55,6 +84,31 @@ class RunDirectory:
         }
         write_json(path, record)
         return record
+
+    def _check_same(
+        self, what: str, before: dict[str, Any], now: dict[str, Any]
+    ) -> None:
+        changed = {
+            key: f"{before.get(key)} before, {now.get(key)} now"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        }
+        if changed:
+            raise ValueError(
+                f"{self.folder} holds a run with other {what} ({changed}); give this "
+                "run its own output folder"
+            )
+
+    def rewind(self, step: int) -> None:
+        """Drop logged rows after `step`: the steps that are now taken again."""
+        path = self.folder / "metrics.csv"
+        if not path.exists():
+            return
+        header, *rows = path.read_text().splitlines()
+        kept = [row for row in rows if float(row.split(",", 1)[0]) <= step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("\n".join([header, *kept]) + "\n")
+        os.replace(partial, path)
 
     def log(self, row: dict[str, float]) -> None:
         """Append to metrics.csv; the first row decides the columns."""

@@ -171,11 +171,42 @@ def test_damaged_checkpoint_is_named(tiny_config: TrainConfig) -> None:
         train(changed(config, steps=8))
 
 
-def test_checkpoint_of_another_shape_is_refused(tiny_config: TrainConfig) -> None:
+@pytest.mark.parametrize("change", [{"num_layers": 2}, {"seed": 1}])
+def test_another_run_in_the_same_folder_is_refused(
+    tiny_config: TrainConfig, change: dict[str, int]
+) -> None:
     config = changed(tiny_config, steps=4)
     train(config)
+    with pytest.raises(ValueError, match="other settings.*own output folder"):
+        train(changed(config, steps=8, **change))
+
+
+def test_checkpoint_of_another_shape_is_refused(
+    tiny_config: TrainConfig, tmp_path: Path
+) -> None:
+    config = changed(tiny_config, steps=4)
+    train(config)
+    wider = changed(config, num_layers=2, output=tmp_path / "wider")
+    trainer = Trainer(wider)
+    shutil.copytree(
+        config.output / "checkpoints" / "step-0000004",
+        wider.output / "checkpoints" / "step-0000004",
+    )
     with pytest.raises(ValueError, match="another output folder"):
-        train(changed(config, steps=8, num_layers=2))
+        trainer.resume()
+
+
+def test_a_longer_run_continues_and_logs_each_step_once(
+    tiny_config: TrainConfig,
+) -> None:
+    config = changed(tiny_config, save_every=5, log_every=1, keep_checkpoints=5)
+    train(config)
+    shutil.rmtree(config.output / "checkpoints" / "step-0000012")
+    train(changed(config, steps=14))
+    rows = list(csv.DictReader((config.output / "metrics.csv").open()))
+    assert [int(float(row["step"])) for row in rows] == list(range(1, 15))
+    record = json.loads((config.output / "run.json").read_text())
+    assert len(record["earlier_commands"]) == 1
 
 
 def test_run_directory_of_other_data_is_refused(
@@ -185,7 +216,7 @@ def test_run_directory_of_other_data_is_refused(
     fewer = tmp_path / "fewer.jsonl"
     lines = tiny_config.answers.read_text().splitlines(keepends=True)
     fewer.write_text("".join(lines[:100]))
-    with pytest.raises(ValueError, match="own output folder"):
+    with pytest.raises(ValueError, match="other data.*own output folder"):
         train(changed(tiny_config, answers=fewer))
 
 
