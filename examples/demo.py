@@ -125,7 +125,7 @@ def main() -> None:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=20),
         TextColumn("{task.fields[note]}"),
         Elapsed(),
     )
