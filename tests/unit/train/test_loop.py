@@ -220,6 +220,21 @@ def test_run_directory_of_other_data_is_refused(
         train(changed(tiny_config, answers=fewer))
 
 
+def test_label_mask_leaves_rows_out(tiny_config: TrainConfig) -> None:
+    plain = Trainer(tiny_config)
+    batch = next(plain._batches_from(0))[1]  # noqa: SLF001
+    masked = Trainer(changed(tiny_config, label_mask=True))
+    weights = [
+        one._loss(batch, count_agreed=False).weight  # noqa: SLF001
+        for one in (plain, masked)
+    ]
+    # Greedy answers agree with the target everywhere but at the random prompt, from
+    # where only the later steps reach an answer.
+    assert weights[1][0] == weights[0][0]
+    assert (weights[1][1:] < weights[0][1:]).all()
+    assert (weights[1] > 0.5 * weights[0]).all()
+
+
 def test_old_checkpoints_are_dropped(tiny_config: TrainConfig) -> None:
     config = changed(tiny_config, save_every=3, keep_checkpoints=2)
     train(config)

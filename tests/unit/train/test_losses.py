@@ -120,3 +120,41 @@ def test_chunked_loss_equals_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(outputs.grad, again.grad)
     assert result.agreed is not None
     assert (result.agreed <= result.weight).all()
+
+
+def test_compiled_loss_equals_the_plain_one() -> None:
+    torch.manual_seed(0)
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    mask[:, -1] = False
+    rows = LossRows.build(mask, num_steps=2)
+    lm_head, targets = torch.randn(16, 6), torch.randn(2, 8, 6)
+    results = []
+    for compiled in (False, True):
+        generator = torch.Generator().manual_seed(1)
+        outputs = torch.randn(2, len(rows.batch), 6, generator=generator)
+        outputs.requires_grad_()
+        result = draft_loss(
+            outputs, targets, rows, lm_head, LossWeights(), compiled=compiled
+        )
+        result.loss.backward()
+        results.append((result.loss, outputs.grad))
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain)
+
+
+def test_agreement_follows_rank_and_mass() -> None:
+    # Probabilities 0.5, 0.4, 0.1 at every position.
+    post_norm = torch.tensor([[0.5, 0.4, 0.1]]).log().expand(1, 4, 3)
+    next_ids = torch.tensor([[0, 1, 2, 2]])
+    agreement = label_agreement(post_norm, next_ids, torch.eye(3), top_k=3, top_p=0.8)
+    assert agreement.tolist() == [[True, True, False, False]]
+    agreement = label_agreement(post_norm, next_ids, torch.eye(3), top_k=1, top_p=0.8)
+    assert agreement.tolist() == [[True, False, False, False]]
+
+
+def test_steps_after_a_disagreement_have_no_weight() -> None:
+    mask = torch.tensor([[True, True, True, True, False]])
+    agreement = torch.tensor([[True, False, True, True, True]])
+    rows = LossRows.build(mask, num_steps=3, agreement=agreement)
+    weight = {int(t): rows.weight[:, i].tolist() for i, t in enumerate(rows.position)}
+    assert weight == {0: [1, 0, 0], 1: [0, 0, 0], 2: [1, 1, 0], 3: [1, 0, 0]}
