@@ -39,7 +39,7 @@ class DynamicTree:
     top_k: int = 8  # children tried per node, and nodes expanded per level
     depth: int = 5
     top_p: float = 1.0
-    # Clover-1's rule against flat tails: at 0.25, 0.6 / 0.1 / 0.1 / 0.1 keeps one child.
+    # Clover-1 against flat tails: at 0.25, 0.6 / 0.1 / 0.1 / 0.1 keeps one child.
     min_ratio: float = 0.0
     # Grow no further below a level whose nodes hold less probability than this, on
     # average over the requests. Looking waits for the device; 0 never looks.
