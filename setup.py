@@ -44,7 +44,6 @@ def extension() -> cpp_extension.Extension:
     flags = {"cxx": [*defines, "-std=c++20", "-O3", "-Wall", "-Wextra"]}
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0")
-        flags["cxx"].append("-DCLOVER2_WITH_CUDA")
         flags["nvcc"] = [*defines, "-DUSE_CUDA", "-std=c++20", "-O3"]
     build = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     return build(
