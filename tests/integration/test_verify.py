@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step verifies: drafts found again, laid out, and reasons counted."""
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_clover2.integration.verify import (
+    Draft,
+    DraftStore,
+    VerifyBatch,
+    likeliest_path,
+)
+
+#        root
+#       /    \
+#    1: 7    2: 8          rows, and their tokens
+#    /  \       \
+# 3: 5  4: 9   5: 5
+TOKENS = [7, 8, 5, 9, 5]
+PARENTS = np.array([0, 0, 1, 1, 2], dtype=np.int32)
+
+
+@pytest.fixture
+def store() -> DraftStore:
+    store = DraftStore()
+    store.put("a", Draft(10, TOKENS, PARENTS, is_chain=False))
+    return store
+
+
+def test_a_draft_is_found_whole(store: DraftStore) -> None:
+    tokens, parents, is_chain = store.scheduled("a", 10, TOKENS)
+    assert (tokens, parents.tolist(), is_chain) == (TOKENS, PARENTS.tolist(), False)
+    assert not store.counts
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_trimmed_draft_is_the_tree_of_its_first_nodes(
+    store: DraftStore, size: int
+) -> None:
+    tokens, parents, is_chain = store.scheduled("a", 10, TOKENS[:size])
+    assert tokens == TOKENS[:size]
+    assert parents.tolist() == PARENTS[:size].tolist()
+    assert not is_chain
+    assert store.counts == {"trimmed by the scheduler": 1}
+
+
+@pytest.mark.parametrize(
+    ("request_id", "num_tokens", "tokens", "reason"),
+    [
+        ("a", 11, TOKENS, "unknown draft"),  # the text has moved on
+        ("a", 10, [7, 8, 6], "unknown draft"),
+        ("a", 10, [*TOKENS, 4], "unknown draft"),
+        ("b", 10, TOKENS, "unknown draft"),
+        ("a", 10, [-1, -1], "placeholder draft"),
+    ],
+    ids=["moved-on", "other-tokens", "longer", "other-request", "placeholders"],
+)
+def test_anything_else_is_read_as_a_chain(
+    store: DraftStore, request_id: str, num_tokens: int, tokens: list[int], reason: str
+) -> None:
+    found, parents, is_chain = store.scheduled(request_id, num_tokens, tokens)
+    assert found == tokens
+    assert parents.tolist() == list(range(len(tokens)))
+    assert is_chain
+    assert store.counts == {reason: 1}
+
+
+def test_a_dropped_draft_is_unknown(store: DraftStore) -> None:
+    store.drop("a")
+    store.drop("never seen")
+    assert store.scheduled("a", 10, TOKENS)[2]
+
+
+def test_likeliest_path_takes_first_children() -> None:
+    assert likeliest_path(PARENTS) == [1, 3]
+    assert likeliest_path(np.arange(4)) == [1, 2, 3, 4]
+    assert likeliest_path(np.zeros(3, dtype=np.int32)) == [1]
+    assert likeliest_path(np.array([], dtype=np.int32)) == []
+
+
+def test_layout_of_prompts_chains_and_trees_in_one_step() -> None:
+    """A chunk of a prompt, a tree, a chain, and a request without a draft."""
+    chain = ([3, 4], np.arange(2, dtype=np.int32), True)
+    batch = VerifyBatch.build(
+        [None, (TOKENS, PARENTS, False), chain, None],
+        num_computed=np.array([0, 20, 31, 8]),
+        num_scheduled=np.array([16, 6, 3, 1]),
+    )
+    assert batch.row_counts.tolist() == [1, 6, 3, 1]
+    assert batch.root_positions.tolist() == [15, 20, 31, 8]
+    assert batch.root_query_rows.tolist() == [15, 16, 22, 25]
+    assert batch.tree_requests.tolist() == [1]
+    assert batch.max_depth == 2
+    assert batch.query_rows == 26
+    positions = [15, 20, 21, 21, 22, 22, 22, 31, 32, 33, 8]
+    assert batch.positions().tolist() == positions
+
+    block_table = torch.arange(8, dtype=torch.int32).view(4, 2)
+    rows = batch.tree_rows(block_table)
+    assert rows is not None
+    assert rows.block_table.tolist() == [[2, 3]]
+    assert rows.prefix_lens.tolist() == [20]
+    assert rows.query_starts.tolist() == [16]
+    assert rows.row_offsets.tolist() == [0, 6]
+    assert rows.ancestors.tolist() == [0b1, 0b11, 0b101, 0b1011, 0b10011, 0b100101]
+    assert not rows.covers_batch
+
+
+def test_only_trees() -> None:
+    batch = VerifyBatch.build(
+        [(TOKENS, PARENTS, False)] * 2, np.array([5, 9]), np.array([6, 6])
+    )
+    rows = batch.tree_rows(torch.zeros((2, 1), dtype=torch.int32))
+    assert rows is not None
+    assert rows.covers_batch
+    assert rows.row_offsets.tolist() == [0, 6, 12]
+
+
+def test_no_tree_at_all() -> None:
+    batch = VerifyBatch.build([None, None], np.array([0, 4]), np.array([7, 1]))
+    assert batch.tree_rows(torch.zeros((2, 1), dtype=torch.int32)) is None
+    assert batch.positions().tolist() == [6, 4]
+    assert batch.max_depth == 0
