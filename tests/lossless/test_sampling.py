@@ -39,6 +39,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "prompt-logprobs": {"prompt_logprobs": 2, "logprobs": 0},
     "greedy": {},
 }
+# In a batch with chosen ids vLLM gives every other request these columns, too, instead
+# of its own top ones: nothing to compare with, since batches differ.
+MIXED = [variant for name, variant in VARIANTS.items() if name != "chosen-logprobs"]
 # Tree attention adds in another order than vLLM's own; float32, log-probabilities of
 # size 10.
 LOGPROB_TOLERANCE = 2e-4
@@ -105,7 +108,7 @@ def test_everything_in_one_batch(
     """Also: a seeded request whose prompt is chunked, which kills stock vLLM."""
     requests = [
         request
-        for i, variant in enumerate(VARIANTS.values())
+        for i, variant in enumerate(MIXED)
         for request in requests_with(variant, 3, seed=40 + i)
     ]
     expected = baseline(requests)
@@ -127,7 +130,7 @@ def test_chain_of_a_seeded_request(
 ) -> None:
     requests = [
         request
-        for i, variant in enumerate(VARIANTS.values())
+        for i, variant in enumerate(MIXED)
         for request in requests_with(variant, 2, seed=60 + i)
     ]
     expected = baseline(requests)

@@ -91,6 +91,19 @@ def test_head_with_other_kv_than_the_targets(
     assert commits.moved > len(requests)
 
 
+@pytest.mark.parametrize("size", [None, 100], ids=["all-tokens", "draft-vocabulary"])
+def test_head_stored_in_bf16(
+    size: int | None, engines: EnginePool, target: Path, tmp_path: Path
+) -> None:
+    """Its recurrent part stays in bf16 beside a float32 target."""
+    head = save_random_head(tmp_path, TINY, torch.bfloat16, draft_vocab_size=size)
+    requests = random_prompts(12, seed=136)
+    expected = engines.get(target).run(requests)
+    engine = engines.get(target, head)
+    assert engine.runner.drafter.model.recurrent.first.weight.dtype == torch.bfloat16
+    assert_same(expected, engine.run(requests), requests)
+
+
 def test_chain_with_quantized_kv(
     engines: EnginePool, target: Path, head: Path, plant: Callable[..., Planter]
 ) -> None:

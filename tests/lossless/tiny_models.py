@@ -65,7 +65,12 @@ def save_target(
     return folder
 
 
-def save_random_head(folder: Path, shape: TinyModel, **changes: object) -> Path:
+def save_random_head(
+    folder: Path,
+    shape: TinyModel,
+    dtype: torch.dtype = torch.float32,
+    **changes: object,
+) -> Path:
     """Write a head for ``shape`` to ``folder``; ``changes`` override its config."""
     torch.manual_seed(shape.seed + 1000)
     sizes = {
@@ -84,7 +89,7 @@ def save_random_head(folder: Path, shape: TinyModel, **changes: object) -> Path:
     ids = model.draft_vocab_ids
     if ids is not None:
         ids.copy_(torch.randperm(shape.vocab_size)[: len(ids)].sort().values)
-    save_head(model, folder, torch.float32)
+    save_head(model, folder, dtype)
     return folder
 
 
