@@ -4,31 +4,35 @@
     python engine_process.py TASK ANSWERS
 
 A task has ``llm`` (arguments of ``LLM``), ``requests`` ([token ids, sampling
-parameters] each) and ``plant`` (seed of planted drafts, or null).
+parameters] each), ``own`` (how many of them to answer with the head's own drafts first)
+and ``seed`` of the planted drafts that all of them are answered with then.
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from vllm import LLM, SamplingParams
+
+
+def answer(llm: LLM, requests: list[list[Any]]) -> list[list[int]]:
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt, _ in requests],
+        [SamplingParams(**params) for _, params in requests],
+        use_tqdm=False,
+    )
+    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 def main(task_file: str, answer_file: str) -> None:
     task = json.loads(Path(task_file).read_text())
     llm = LLM(**task["llm"])
-    if task["plant"] is not None:
-        llm.collective_rpc("plant", args=(task["plant"],))
-    outputs = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt, _ in task["requests"]],
-        [SamplingParams(**params) for _, params in task["requests"]],
-        use_tqdm=False,
-    )
-    commits = None
-    if task["plant"] is not None:
-        commits = llm.collective_rpc("planted_commits")
-    answers = [list(output.outputs[0].token_ids) for output in outputs]
-    content = {"tokens": answers, "commits": commits}
+    own = answer(llm, task["requests"][: task["own"]])
+    llm.collective_rpc("plant", args=(task["seed"],))
+    planted = answer(llm, task["requests"])
+    commits = llm.collective_rpc("planted_commits")
+    content = {"own": own, "planted": planted, "commits": commits}
     Path(answer_file).write_text(json.dumps(content))
 
 

@@ -19,31 +19,27 @@ REQUESTS = [
     *random_prompts(3, seed=111),
 ]
 REQUESTS = [r.replaced(max_tokens=24) for r in REQUESTS]
+OWN = 3  # answered with the head's own drafts, too
 REQUESTS[-1] = REQUESTS[-1].replaced(temperature=0.9, seed=4)
 
 
-def run_elsewhere(
-    folder: Path,
-    requests: list[Request],
-    plant: int | None,
-    environment: dict[str, str] | None = None,
-    **llm: Any,
-) -> dict[str, Any]:
-    """Answers of an engine in processes of its own."""
+def run_elsewhere(folder: Path, requests: list[Request], **llm: Any) -> dict[str, Any]:
+    """Answers of an engine in processes of its own, see ``engine_process``."""
     defaults = {
         "dtype": "float32",
         "max_model_len": 512,
         "max_num_seqs": 16,
         "enforce_eager": True,
         "kv_cache_memory_bytes": 16 << 20,
+        "enable_prefix_caching": False,
+        "worker_extension_cls": "planting.PlantedWorker",
     }
-    if plant is not None:
-        defaults["worker_extension_cls"] = "planting.PlantedWorker"
-    greedy = {"temperature": 0.0, "max_tokens": 48, "ignore_eos": True}
+    greedy = {"temperature": 0.0, "ignore_eos": True}
     task = {
         "llm": defaults | llm,
         "requests": [[r.prompt, greedy | r.params] for r in requests],
-        "plant": plant,
+        "own": OWN,
+        "seed": 110,
     }
     (folder / "task.json").write_text(json.dumps(task))
     subprocess.run(
@@ -58,8 +54,7 @@ def run_elsewhere(
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_CACHE_ROOT": str(folder / "cache"),
             "OMP_NUM_THREADS": "1",
-        }
-        | (environment or {}),
+        },
         check=True,
         timeout=500,
     )
@@ -82,37 +77,22 @@ def test_text_of_other_processes(
     baseline: Baseline,
     tmp_path: Path,
 ) -> None:
+    """Ranks must grow the same trees, else their caches and texts would part."""
     expected: list[Output] = baseline(REQUESTS)
     speculative = {"method": "clover2", "model": str(head), "adaptive": False}
     answers = run_elsewhere(
         tmp_path,
         with_truth(REQUESTS, expected),
-        plant=110,
         model=str(target),
         speculative_config=speculative,
         **options,
     )
-    assert answers["tokens"] == [output.tokens for output in expected]
+    texts = [output.tokens for output in expected]
+    assert answers["own"] == texts[:OWN]
+    assert answers["planted"] == texts
     ranks = answers["commits"]
     assert len(ranks) == options.get("tensor_parallel_size", 1)
     assert all(rank == ranks[0] for rank in ranks)
     accepted, moved = ranks[0]
     assert accepted > len(REQUESTS)
     assert moved > len(REQUESTS)
-
-
-@pytest.mark.slow
-def test_tensor_parallel_heads_own_trees(
-    target: Path, head: Path, baseline: Baseline, tmp_path: Path
-) -> None:
-    """Ranks grow the same trees, else their caches and texts would part."""
-    requests = REQUESTS[:3]
-    answers = run_elsewhere(
-        tmp_path,
-        requests,
-        plant=None,
-        model=str(target),
-        speculative_config={"method": "clover2", "model": str(head)},
-        tensor_parallel_size=2,
-    )
-    assert answers["tokens"] == [output.tokens for output in baseline(requests)]
