@@ -29,7 +29,6 @@ def main() -> None:
     llm = LLM(
         args.target,
         dtype=args.dtype,
-        max_model_len=2048,
         max_num_seqs=8,
         kv_cache_memory_bytes=1 << 30,
         speculative_config={"method": "clover2", "model": str(args.head)},
