@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Greedy text in float32 is token for token that of plain vLLM."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 from engine_fixtures import Baseline, random_prompts
 from engines import EnginePool, assert_same
 from planting import CommitSpy, Planter, with_truth
+
+from vllm_clover2 import ops
 
 DYNAMIC = {"num_speculative_tokens": 25, "adaptive": False}
 METHODS = {
@@ -58,3 +61,10 @@ def test_planted_trees(
     assert_same(expected, actual, requests)
     assert commits.accepted > len(requests)
     assert (commits.moved > len(requests)) == (nodes > 1)
+
+
+@pytest.mark.skipif(
+    os.environ.get("CLOVER2_OPS") == "reference", reason="asked for the references"
+)
+def test_engines_run_the_compiled_ops() -> None:
+    assert ops.backend("cpu") == "native"

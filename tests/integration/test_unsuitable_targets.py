@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Targets that are found unsuitable only when they are loaded."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+from vllm_clover2 import ops
+from vllm_clover2.integration.attention import kv_layout, understands_trees
+from vllm_clover2.integration.attention_cpu import TreeCPUAttentionBackend
+from vllm_clover2.integration.draft_model import Clover2DraftModel
+from vllm_clover2.integration.runner import Clover2RunnerMixin
+
+
+def test_target_without_intermediate_hidden_states() -> None:
+    runner = SimpleNamespace(get_model=lambda: nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="EAGLE-3 interface, which Linear does not"):
+        Clover2RunnerMixin._setup_eagle3_aux_hidden_state_outputs(runner)
+
+
+@pytest.mark.parametrize("lm_head", [None, nn.Linear(4, 8)], ids=["none", "linear"])
+def test_target_without_an_lm_head_to_share(lm_head: nn.Module | None) -> None:
+    target = SimpleNamespace(lm_head=lm_head)
+    with pytest.raises(ValueError, match="shares the target's lm_head"):
+        Clover2DraftModel.bind_target(SimpleNamespace(), target)
+
+
+def test_backend_that_does_not_know_trees() -> None:
+    layer = SimpleNamespace(get_attn_backend=lambda: CPUAttentionBackend)
+    runner = SimpleNamespace(_target_layers=[layer])
+    with pytest.raises(ValueError, match='target uses CPU_ATTN.*"tree": "chain"'):
+        Clover2RunnerMixin._require_tree_attention(runner)
+    layer.get_attn_backend = lambda: TreeCPUAttentionBackend
+    Clover2RunnerMixin._require_tree_attention(runner)
+    assert understands_trees(TreeCPUAttentionBackend)
+    assert not understands_trees(CPUAttentionBackend)
+
+
+def test_cpu_layout_that_is_unknown() -> None:
+    layer = SimpleNamespace(isa="neon", kv_cache=torch.zeros(1))
+    with pytest.raises(NotImplementedError, match="this processor uses 'neon'"):
+        kv_layout(layer)
+
+
+@pytest.mark.parametrize(
+    ("isa", "layout"),
+    [
+        ("vec", ops.KVLayout.VEC),
+        ("vec16", ops.KVLayout.VEC),
+        ("amx", ops.KVLayout.AMX),
+        (None, ops.KVLayout.STRIDED),
+    ],
+)
+def test_layouts(isa: str | None, layout: ops.KVLayout) -> None:
+    assert kv_layout(SimpleNamespace(isa=isa)) == layout
