@@ -113,14 +113,12 @@ def _register_draft_model() -> None:
     ``SpeculativeConfig`` wraps an EAGLE-like draft config in ``EAGLEConfig``, which
     prefixes the architecture's name; hence both names.
     """
-    from transformers import AutoConfig
     from vllm import ModelRegistry
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
     from vllm_clover2.model.config import Clover2Config
 
     _CONFIG_REGISTRY[Clover2Config.model_type] = Clover2Config
-    AutoConfig.register(Clover2Config.model_type, Clover2Config, exist_ok=True)
     implementation = "vllm_clover2.integration.draft_model:Clover2DraftModel"
     for prefix in ("", "Eagle"):
         ModelRegistry.register_model(f"{prefix}Clover2DraftModel", implementation)
