@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Typed settings of a training run; the command line is generated from them."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,12 @@ class TrainConfig(BaseModel):
     answers: Path = Field(description="answers of the target (.jsonl or .jsonl.gz)")
     output: Path = Field(description="run directory, made or resumed")
 
+    architecture: Literal["clover2", "eagle1"] = Field(
+        "clover2", description="kind of draft; EAGLE-1 is there to compare with"
+    )
+    start_from: Path | None = Field(
+        None, description="train this head further instead of a new one"
+    )
     num_layers: int = Field(2, ge=1, description="layers of the augmenting block")
     num_draft_steps: int = Field(5, ge=1, description="depth to train for")
     draft_vocab_size: int | None = Field(
@@ -32,7 +39,7 @@ class TrainConfig(BaseModel):
     )
 
     steps: int = Field(2000, ge=1, description="optimiser steps in all")
-    max_tokens: int = Field(4096, ge=2, description="padded tokens a batch")
+    max_tokens: int = Field(4096, ge=2, description="tokens a batch")
     max_length: int = Field(2048, ge=4, description="longer answers are cut")
     learning_rate: float = Field(1e-3, gt=0)
     muon_lr: float | None = Field(
@@ -55,8 +62,16 @@ class TrainConfig(BaseModel):
     label_mask: bool = Field(
         False, description="skip continuations the target would not choose"
     )
+    on_policy_top_k: int | None = Field(
+        None,
+        ge=1,
+        description="train later steps only where the draft's own top k hold the text",
+    )
     max_answers: int | None = Field(
         None, ge=1, description="train on the first answers of the file only"
+    )
+    temperatures: list[float] | None = Field(
+        None, min_length=1, description="use answers sampled at these; unset: all"
     )
     validation_fraction: float = Field(0.02, gt=0, lt=0.5)
     seed: int = 0
@@ -64,6 +79,9 @@ class TrainConfig(BaseModel):
     precision: Literal["bf16", "fp32"] = "bf16"
     hidden_cache: Path | None = Field(
         None, description="keep the target's hidden states there; unset: recompute"
+    )
+    attention: Literal["sdpa", "xformers"] = Field(
+        "sdpa", description="of packed answers; xformers: one CUDA kernel for all"
     )
     compile_loss: bool = Field(False, description="torch.compile the loss")
     threads: int | None = Field(None, ge=1, description="CPU threads")
@@ -78,6 +96,11 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"warmup_steps must be below steps ({self.steps}), got "
                 f"{self.warmup_steps}"
+            )
+        if self.attention == "xformers" and find_spec("xformers") is None:
+            raise ValueError(
+                "attention=xformers needs the package xformers, which is not "
+                "installed; install it (CUDA only) or choose sdpa"
             )
         if self.value_weight == 0 and self.prob_weight == 0:
             raise ValueError("value_weight and prob_weight must not both be 0")
@@ -99,7 +122,7 @@ class EvaluateConfig(BaseModel):
     )
     max_answers: int | None = Field(None, ge=1, description="first answers only")
     max_length: int = Field(4096, ge=4, description="longer answers are cut")
-    max_tokens: int = Field(16384, ge=2, description="padded tokens a batch")
+    max_tokens: int = Field(16384, ge=2, description="tokens a batch")
     precision: Literal["bf16", "fp32"] = "bf16"
     threads: int | None = Field(None, ge=1, description="CPU threads")
     output: Path | None = Field(None, description="JSON file to write")

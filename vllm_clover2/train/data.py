@@ -21,13 +21,14 @@ import torch
 __all__ = [
     "AnswerSet",
     "Batch",
-    "collate",
+    "next_in_text",
+    "pack",
     "read_answers",
     "token_budget_batches",
 ]
 
-# Answers are read in windows of this many batches, each sorted by length: long
-# enough that padding stays under 3 %, short enough that the order is still random.
+# Answers are read in windows of this many batches, each sorted by length: long enough
+# that padding the target's pass stays under 3 %, short enough for a random order.
 _SORT_WINDOW_BATCHES = 32
 
 
@@ -40,6 +41,7 @@ class AnswerSet:
     prompt_lens: np.ndarray  # [answers] int64
     ids: list[str]
     tasks: list[str]
+    temperatures: np.ndarray  # [answers] float64 that they were sampled at, or NaN
     fingerprint: str  # sha256 of the token ids and lengths
 
     def __len__(self) -> int:
@@ -64,6 +66,22 @@ class AnswerSet:
         held_out = buckets < validation_fraction * 10_000
         return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
+    def select(
+        self, max_answers: int | None, temperatures: list[float] | None
+    ) -> np.ndarray:
+        """Indices of the first answers of the file that have these temperatures."""
+        chosen = np.arange(len(self))[:max_answers]
+        if temperatures is None:
+            return chosen
+        kept = chosen[np.isin(self.temperatures[chosen], temperatures)]
+        if not len(kept):
+            found = sorted(set(self.temperatures[chosen].tolist()))
+            raise ValueError(
+                f"no answer was sampled at a temperature of {temperatures}; the file "
+                f"has {found[:8]}"
+            )
+        return kept
+
     def output_counts(self, vocab_size: int, indices: np.ndarray) -> np.ndarray:
         """[vocab_size] int64: how often each id occurs in the outputs of `indices`."""
         counts = np.zeros(vocab_size, dtype=np.int64)
@@ -75,12 +93,17 @@ class AnswerSet:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded answers.  Causal models need no padding mask for these."""
+    """Answers packed one behind the other, without padding."""
 
-    input_ids: torch.Tensor  # [B, T] int64, 0 where padded
-    lengths: torch.Tensor  # [B] int64
-    loss_mask: torch.Tensor  # [B, T] bool, see `collate`
+    input_ids: torch.Tensor  # [N] int64
+    loss_mask: torch.Tensor  # [N] bool, see `pack`
+    lengths: tuple[int, ...]  # of the B answers, sum N
     indices: np.ndarray  # [B] answers' numbers in their AnswerSet
+
+    @property
+    def starts(self) -> torch.Tensor:
+        """[B] int64: where each answer begins."""
+        return torch.tensor((0, *self.lengths[:-1])).cumsum(0)
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -106,6 +129,7 @@ def read_answers(
     prompt_lens: list[int] = []
     ids: list[str] = []
     tasks: list[str] = []
+    temperatures: list[float] = []
     for number, line in enumerate(_lines(path), start=1):
         if limit is not None and len(ids) >= limit:
             break
@@ -123,6 +147,7 @@ def read_answers(
         prompt_lens.append(len(prompt))
         ids.append(str(record.get("id", number)))
         tasks.append(str(record.get("task", "")))
+        temperatures.append(float(record.get("temperature", "nan")))
     if not pieces:
         raise ValueError(f"{path} holds no usable answer")
     tokens = np.concatenate(pieces)
@@ -133,7 +158,15 @@ def read_answers(
         )
     starts = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])])
     digest = hashlib.sha256(tokens.tobytes() + starts.tobytes()).hexdigest()
-    return AnswerSet(tokens, starts, np.array(prompt_lens), ids, tasks, digest)
+    return AnswerSet(
+        tokens,
+        starts,
+        np.array(prompt_lens),
+        ids,
+        tasks,
+        np.array(temperatures),
+        digest,
+    )
 
 
 def token_budget_batches(
@@ -142,11 +175,12 @@ def token_budget_batches(
     max_tokens: int,
     seed: int | None,
 ) -> list[np.ndarray]:
-    """Group `indices` into batches whose padded size is at most `max_tokens`.
+    """Group `indices` into batches of at most `max_tokens` tokens.
 
-    Answers of similar length go together.  The same arguments give the same
-    batches, which is what makes resuming inside an epoch exact; `seed` None
-    keeps a fixed, length-sorted order (validation).
+    A longer answer is a batch of its own. Answers of similar length go together: the
+    target's pass pads them. The same arguments give the same batches, which is what
+    makes resuming inside an epoch exact; `seed` None keeps a fixed, length-sorted
+    order (validation).
     """
     if seed is None:
         order = indices[np.argsort(lengths[indices], kind="stable")]
@@ -165,31 +199,44 @@ def token_budget_batches(
 
 
 def _cut(lengths: np.ndarray, order: np.ndarray, max_tokens: int) -> list[np.ndarray]:
-    """Cut length-sorted answers into runs of padded size <= `max_tokens`."""
+    """Cut `order` into runs of at most `max_tokens` tokens."""
     batches: list[np.ndarray] = []
-    first = 0
-    for position in range(1, len(order) + 1):
-        full = position == len(order) or (
-            (position + 1 - first) * lengths[order[position]] > max_tokens
-        )
-        if full:
+    first = tokens = 0
+    for position, length in enumerate(lengths[order]):
+        if position > first and tokens + length > max_tokens:
             batches.append(order[first:position])
-            first = position
-    return batches
+            first, tokens = position, 0
+        tokens += length
+    return [*batches, order[first:]] if len(order) else []
 
 
-def collate(answers: AnswerSet, indices: np.ndarray) -> Batch:
-    """Right-pad the answers `indices`.
+def pack(answers: AnswerSet, indices: np.ndarray) -> Batch:
+    """The answers `indices`, one behind the other.
 
-    `loss_mask` covers the output tokens and the last prompt token: the draft's
-    very first step of a request starts from that token's hidden state.
+    `loss_mask` covers the output tokens and the last prompt token: the draft's very
+    first step of a request starts from that token's hidden state. It leaves out each
+    answer's last token, which has no successor whose state could be imitated.
     """
-    lengths = answers.lengths[indices]
-    input_ids = torch.zeros(len(indices), int(lengths.max()), dtype=torch.int64)
-    loss_mask = torch.zeros(input_ids.shape, dtype=torch.bool)
-    for row, index in enumerate(indices):
-        input_ids[row, : lengths[row]] = torch.from_numpy(
-            answers.answer(index).astype(np.int64)
-        )
-        loss_mask[row, answers.prompt_lens[index] - 1 : lengths[row]] = True
-    return Batch(input_ids, torch.from_numpy(lengths), loss_mask, indices)
+    tokens = np.concatenate([answers.answer(index) for index in indices])
+    masks = []
+    for index in indices:
+        mask = np.zeros(answers.lengths[index], dtype=bool)
+        mask[answers.prompt_lens[index] - 1 : -1] = True
+        masks.append(mask)
+    return Batch(
+        torch.from_numpy(tokens.astype(np.int64)),
+        torch.from_numpy(np.concatenate(masks)),
+        tuple(answers.lengths[indices].tolist()),
+        indices,
+    )
+
+
+def next_in_text(
+    values: torch.Tensor,  # [N, ...] of packed texts
+    lengths: tuple[int, ...],
+) -> torch.Tensor:
+    """[N, ...]: each position's successor, 0 at the end of every text."""
+    shifted = torch.zeros_like(values)
+    shifted[:-1] = values[1:]
+    shifted[torch.tensor(lengths, device=values.device).cumsum(0) - 1] = 0
+    return shifted

@@ -10,18 +10,19 @@ does, step for step, up to rounding.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from vllm_clover2.model import Clover2Model
-from vllm_clover2.model.weights import load_head
 from vllm_clover2.ops import tree_accept
+from vllm_clover2.train.architectures import Architecture, Replay, load_draft
 from vllm_clover2.train.config import EvaluateConfig
 from vllm_clover2.train.data import (
     AnswerSet,
     Batch,
-    collate,
+    pack,
     read_answers,
     token_budget_batches,
 )
@@ -36,41 +37,15 @@ from vllm_clover2.tree import (
     grow_static,
     paper_tree,
 )
+from vllm_clover2.tree.growth import Draft
 
-__all__ = ["HeadDraft", "ReplayResult", "evaluate", "evaluate_head", "parse_tree"]
+__all__ = ["ReplayResult", "evaluate", "evaluate_head", "parse_tree"]
 
 # Target token of a row whose true continuation is unknown or past the end.
 _NO_TARGET = -2
 
 
-class HeadDraft:
-    """A plain Clover-2 model as the draft that trees are grown from."""
-
-    def __init__(self, model: Clover2Model, lm_head: torch.Tensor) -> None:
-        ids = model.draft_vocab_ids
-        self._recurrent = model.recurrent
-        self._embeddings = lm_head  # [V, H]
-        self._output = lm_head if ids is None else lm_head[ids]  # [Vd, H]
-        self._ids = ids
-
-    def _log_probs(self, out: torch.Tensor) -> torch.Tensor:
-        logits = out @ self._output.T
-        return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-
-    def first(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return hidden, self._log_probs(self._recurrent.first(hidden))
-
-    def advance(
-        self, state: torch.Tensor, tokens: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        state, out = self._recurrent.advance(state, self._embeddings[tokens])
-        return state, self._log_probs(out)
-
-    def token_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
-        return draft_ids if self._ids is None else self._ids[draft_ids]
-
-
-Grow = Callable[[HeadDraft, torch.Tensor], GrownTrees]
+Grow = Callable[[Draft, torch.Tensor], GrownTrees]
 
 
 def parse_tree(name: str) -> tuple[Grow, int]:
@@ -122,55 +97,33 @@ class ReplayResult:
         }
 
 
-@dataclass(frozen=True)
-class _Recorded:
-    """A batch of answers with everything a replay reads."""
-
-    tokens: torch.Tensor  # [B, T] int64
-    lengths: torch.Tensor  # [B] int64
-    prompt_lens: torch.Tensor  # [B] int64
-    states: torch.Tensor  # [B, T, H] the augmenting block's output
-
-
-@torch.inference_mode()
-def _record(
-    model: Clover2Model, target: Target, answers: AnswerSet, batch: Batch
-) -> _Recorded:
-    device = target.lm_head.device
-    tokens = batch.input_ids.to(device)
-    hidden = target.pre_norm(tokens).to(model.norm.weight.dtype)
-    next_ids = torch.nn.functional.pad(tokens[:, 1:], (0, 1))
-    embeddings = target.lm_head[next_ids].to(hidden.dtype)
-    return _Recorded(
-        tokens,
-        batch.lengths.to(device),
-        torch.from_numpy(answers.prompt_lens[batch.indices]).to(device),
-        model.augment(hidden, embeddings),
-    )
-
-
 @torch.inference_mode()
 def _replay(
-    draft: HeadDraft, recorded: _Recorded, grow: Grow, depth: int
+    batch: Batch,
+    prompt_lens: torch.Tensor,  # [B] int64
+    drafts: Replay,
+    grow: Grow,
+    depth: int,
 ) -> list[ReplayResult]:
     """Replay all answers of a batch in lockstep; one result per answer."""
-    num_answers, length = recorded.tokens.shape
-    device = recorded.tokens.device
+    device = prompt_lens.device
+    num_answers = len(batch.lengths)
+    lengths = torch.tensor(batch.lengths, device=device)
     # Known tokens, and "no target" for everything past an answer's end.
-    known = torch.full((num_answers, length + depth + 2), _NO_TARGET, device=device)
-    valid = torch.arange(length, device=device) < recorded.lengths[:, None]
-    known[:, :length] = recorded.tokens.where(valid, _NO_TARGET)
+    tokens = batch.input_ids.to(device).split(batch.lengths)
+    known = pad_sequence(tokens, batch_first=True, padding_value=_NO_TARGET)
+    known = torch.nn.functional.pad(known, (0, depth + 2), value=_NO_TARGET)
     steps = np.zeros(num_answers, dtype=np.int64)
     nodes = np.zeros(num_answers, dtype=np.int64)
     reached = np.zeros((num_answers, depth), dtype=np.int64)
     emitted = np.zeros(num_answers, dtype=np.int64)
     # The root: the last committed token.  The first one comes from the prefill.
-    root = recorded.prompt_lens.clone()
+    root = prompt_lens.clone()
     while True:
-        active = (root < recorded.lengths - 1).nonzero()[:, 0]
+        active = (root < lengths - 1).nonzero()[:, 0]
         if not len(active):
             break
-        grown = grow(draft, recorded.states[active, root[active] - 1])
+        grown = grow(*drafts.at(active, root[active]))
         trees = TreeBatch.from_padded(grown.tokens, grown.parents, grown.sizes)
         owner = torch.repeat_interleave(active, trees.row_offsets.diff().long())
         after = known[owner, root[owner] + 1 + trees.depths.long()]
@@ -178,12 +131,12 @@ def _replay(
             after, trees.tokens, trees.parents, trees.row_offsets, depth
         )
         rows = active.cpu().numpy()
-        lengths = accepted.cpu().numpy()
+        taken = accepted.cpu().numpy()
         steps[rows] += 1
         nodes[rows] += grown.sizes.cpu().numpy()
-        reached[rows] += np.arange(depth) < lengths[:, None]
-        left = (recorded.lengths - 1 - root)[active].cpu().numpy()
-        emitted[rows] += np.minimum(lengths + 1, left)
+        reached[rows] += np.arange(depth) < taken[:, None]
+        left = (lengths - 1 - root)[active].cpu().numpy()
+        emitted[rows] += np.minimum(taken + 1, left)
         root[active] += accepted.long() + 1
     return [
         ReplayResult(int(steps[i]), int(emitted[i]), reached[i], int(nodes[i]))
@@ -192,8 +145,10 @@ def _replay(
     ]
 
 
+@torch.inference_mode()
 def evaluate_head(
-    model: Clover2Model,
+    model: Any,
+    architecture: Architecture,
     target: Target,
     answers: AnswerSet,
     indices: np.ndarray,
@@ -202,18 +157,19 @@ def evaluate_head(
 ) -> dict[str, dict[str, object]]:
     """Tokens per step and acceptance by depth of each tree, overall and by task."""
     grows = {name: parse_tree(name) for name in trees}
-    draft = HeadDraft(model, target.lm_head.to(model.norm.weight.dtype))
     totals: dict[str, dict[str, ReplayResult]] = {name: {} for name in trees}
     for chosen in token_budget_batches(answers.lengths, indices, max_tokens, None):
-        recorded = _record(model, target, answers, collate(answers, chosen))
-        has_steps = recorded.prompt_lens < recorded.lengths - 1
+        batch = pack(answers, chosen)
+        drafts = architecture.replay(model, target, target.states(batch), batch)
+        prompt_lens = torch.from_numpy(answers.prompt_lens[chosen])
+        prompt_lens = prompt_lens.to(target.lm_head.device)
         tasks = [
             answers.tasks[index]
-            for index, kept in zip(chosen, has_steps.tolist(), strict=True)
-            if kept
+            for index in chosen
+            if answers.prompt_lens[index] < answers.lengths[index] - 1
         ]
         for name, (grow, depth) in grows.items():
-            results = _replay(draft, recorded, grow, depth)
+            results = _replay(batch, prompt_lens, drafts, grow, depth)
             for task, result in zip(tasks, results, strict=True):
                 for key in ("all", task):
                     before = totals[name].get(key)
@@ -232,17 +188,6 @@ def evaluate_head(
     }
 
 
-def check_target(model: Clover2Model, target: Target) -> None:
-    """Raise ValueError unless the head can draft for this target."""
-    for key in ("hidden_size", "vocab_size"):
-        ours, theirs = getattr(model.config, key), getattr(target.config, key)
-        if ours != theirs:
-            raise ValueError(
-                f"the head's {key} must equal the target's {theirs}, found {ours}; "
-                "use the head that was trained for this target"
-            )
-
-
 def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:
     """The `vllm-clover2 evaluate` command; the result is also written as JSON."""
     if config.threads:
@@ -251,14 +196,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name in config.trees:
         parse_tree(name)  # a wrong name must not cost the time to load a model
-    model = load_head(config.head, dtype).to(device).eval()
     target = Target.load(config.target, dtype, device)
-    check_target(model, target)
+    model, architecture = load_draft(config.head, dtype, target)
     answers = read_answers(
         config.answers, target.config.vocab_size, config.max_length, config.max_answers
     )
     result = evaluate_head(
         model,
+        architecture,
         target,
         answers,
         np.arange(len(answers)),

@@ -7,15 +7,23 @@ bfloat16); the state after it, and the target's logits, follow from it cheaply.
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
-from vllm_clover2.train.data import AnswerSet, Batch, collate, token_budget_batches
+from vllm_clover2.train.data import AnswerSet, Batch
 
-__all__ = ["HiddenStateCache", "Target"]
+__all__ = ["HiddenStateCache", "Target", "TargetStates"]
+
+
+class TargetStates(NamedTuple):
+    """The target's last hidden states of packed texts."""
+
+    pre_norm: torch.Tensor  # [N, H]
+    post_norm: torch.Tensor  # [N, H] after its final norm
 
 
 class Target:
@@ -25,6 +33,7 @@ class Target:
         self.model = model.eval().requires_grad_(False)
         self.config = model.config
         self.lm_head: torch.Tensor = model.get_output_embeddings().weight  # [V, H]
+        self.embeddings: torch.Tensor = model.get_input_embeddings().weight  # [V, H]
         self._decoder = model.get_decoder()
         self._norm: nn.Module = self._decoder.norm
         self._pre_norm: torch.Tensor | None = None
@@ -41,18 +50,26 @@ class Target:
     @torch.inference_mode()
     def pre_norm(
         self,
-        input_ids: torch.Tensor,  # [B, T] int64, right-padded
-    ) -> torch.Tensor:  # [B, T, H]
+        input_ids: torch.Tensor,  # [N] int64, packed texts
+        lengths: tuple[int, ...],  # of the texts, best similar: they are padded here
+    ) -> torch.Tensor:  # [N, H]
         """Hidden states after the last layer, before the final norm.
 
-        Rows at padding are garbage; causality keeps the others clean, so no
-        mask is passed (which keeps the fast causal attention kernels).
+        Causality keeps the padding on the right away from the tokens, so no mask is
+        passed (which keeps the fast causal attention kernels).
         """
+        padded = pad_sequence(input_ids.split(lengths), batch_first=True)
         # The first pass over a norm is the decoder's own: nothing else calls it.
-        self._decoder(input_ids=input_ids, use_cache=False)
+        self._decoder(input_ids=padded, use_cache=False)
         assert self._pre_norm is not None
         states, self._pre_norm = self._pre_norm, None
-        return states
+        return torch.cat([row[:n] for row, n in zip(states, lengths, strict=True)])
+
+    def states(self, batch: Batch) -> TargetStates:
+        """Both states of a batch, computed now."""
+        input_ids = batch.input_ids.to(self.lm_head.device)
+        pre_norm = self.pre_norm(input_ids, batch.lengths)
+        return TargetStates(pre_norm, self.post_norm(pre_norm))
 
     def post_norm(self, pre_norm: torch.Tensor) -> torch.Tensor:
         """[..., H] -> [..., H]: what the lm_head sees."""
@@ -107,31 +124,20 @@ class HiddenStateCache:
     def num_done(self) -> int:
         return int(self._done.sum(dtype=torch.int64))
 
-    def fetch(self, batch: Batch) -> torch.Tensor:  # [B, T, H] bfloat16
-        """Hidden states of a batch (zeros at padding); computes what is missing."""
+    def fetch(self, batch: Batch) -> torch.Tensor:  # [N, H] bfloat16
+        """Hidden states of a batch; computes what is missing."""
         if not bool(self._done[torch.from_numpy(batch.indices)].all()):
             self._compute(batch)
-        starts, lengths = self.answers.starts, batch.lengths.tolist()
-        shape = (*batch.input_ids.shape, self._states.shape[1])
-        states = torch.zeros(shape, dtype=torch.bfloat16)
-        for row, index in enumerate(batch.indices):
-            start = int(starts[index])
-            states[row, : lengths[row]] = self._states[start : start + lengths[row]]
-        return states
+        return torch.cat([self._states[self._rows(index)] for index in batch.indices])
+
+    def _rows(self, index: int) -> slice:
+        return slice(
+            int(self.answers.starts[index]), int(self.answers.starts[index + 1])
+        )
 
     def _compute(self, batch: Batch) -> None:
-        device = self.target.lm_head.device
-        states = self.target.pre_norm(batch.input_ids.to(device)).to("cpu")
-        for row, index in enumerate(batch.indices):
-            start, end = self.answers.starts[index], self.answers.starts[index + 1]
-            self._states[start:end] = states[row, : end - start].to(torch.bfloat16)
+        input_ids = batch.input_ids.to(self.target.lm_head.device)
+        states = self.target.pre_norm(input_ids, batch.lengths).to("cpu")
+        for index, rows in zip(batch.indices, states.split(batch.lengths), strict=True):
+            self._states[self._rows(index)] = rows.to(torch.bfloat16)
             self._done[index] = 1
-
-    def fill(self, indices: np.ndarray, max_tokens: int) -> None:
-        """Compute every answer of `indices` that is not there yet."""
-        missing = indices[self._done[torch.from_numpy(indices)].numpy() == 0]
-        for chunk in np.array_split(missing, max(1, len(missing) // 512)):
-            for batch in token_budget_batches(
-                self.answers.lengths, chunk, max_tokens, seed=None
-            ):
-                self._compute(collate(self.answers, batch))

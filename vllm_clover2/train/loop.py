@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop: one process or many, resumable inside an epoch."""
 
-import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,62 +13,38 @@ from accelerate.utils import set_seed
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from vllm_clover2.model import Clover2Model
-from vllm_clover2.model.weights import save_head
+from vllm_clover2.model import Packing
+from vllm_clover2.train.architectures import ARCHITECTURES, load_draft
+from vllm_clover2.train.clover2 import measure_gains
 from vllm_clover2.train.config import TrainConfig
 from vllm_clover2.train.data import (
     Batch,
-    collate,
+    next_in_text,
+    pack,
     read_answers,
     token_budget_batches,
 )
-from vllm_clover2.train.drafts import (
-    TrainableClover2,
-    make_optimizers,
-    measure_gains,
-    new_clover2,
-)
-from vllm_clover2.train.hidden import HiddenStateCache, Target
+from vllm_clover2.train.hidden import HiddenStateCache, Target, TargetStates
 from vllm_clover2.train.losses import (
     DraftLoss,
     LossRows,
     LossWeights,
+    OnPolicy,
     draft_loss,
     label_agreement,
 )
+from vllm_clover2.train.optimizers import lr_factor, make_optimizers
 from vllm_clover2.train.run import RunDirectory
 
-__all__ = ["Trainer", "frequent_tokens", "lr_factor", "train"]
+__all__ = ["Trainer", "frequent_tokens", "train"]
 
 
 def frequent_tokens(
     counts: np.ndarray,  # [vocab_size] int64
     size: int,
-) -> tuple[torch.Tensor, float]:
-    """The `size` most frequent ids, ascending, and the share they cover."""
-    chosen = np.sort(np.argsort(-counts, kind="stable")[:size])
-    return torch.from_numpy(chosen), float(counts[chosen].sum() / counts.sum())
-
-
-def lr_factor(step: int, config: TrainConfig) -> float:
-    """Warm-up, a plateau, and a cosine over the last `decay_fraction` of the run."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    start = max(config.warmup_steps, round(config.steps * (1 - config.decay_fraction)))
-    progress = (step - start) / max(1, config.steps - start)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
-    return config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine
-
-
-@dataclass(frozen=True)
-class _Shifted:
-    """A batch as the draft sees it: position t is paired with token t + 1."""
-
-    hidden: torch.Tensor  # [B, T, H] target states before its final norm
-    post_norm: torch.Tensor  # [B, T, H] and after it
-    next_ids: torch.Tensor  # [B, T] int64
-    targets: torch.Tensor  # [B, T, H] `post_norm` one position later
-    loss_mask: torch.Tensor  # [B, T] bool
+) -> torch.Tensor:
+    """The `size` most frequent ids [size] int64, ascending."""
+    return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:size]))
 
 
 class Trainer:
@@ -88,13 +63,10 @@ class Trainer:
         self.answers = read_answers(
             config.answers, self.target.config.vocab_size, config.max_length
         )
-        self.train_indices, self.val_indices = self.answers.split(
-            config.validation_fraction
-        )
-        if config.max_answers is not None:
-            limit = config.max_answers
-            self.train_indices = self.train_indices[self.train_indices < limit]
-            self.val_indices = self.val_indices[self.val_indices < limit]
+        chosen = self.answers.select(config.max_answers, config.temperatures)
+        train_part, val_part = self.answers.split(config.validation_fraction)
+        self.train_indices = np.intersect1d(train_part, chosen)
+        self.val_indices = np.intersect1d(val_part, chosen)
         if not len(self.val_indices):
             raise ValueError(
                 f"no answer fell into the validation share "
@@ -110,22 +82,39 @@ class Trainer:
         self.step = 0
 
     def _build_draft(self) -> None:
-        config = self.config
-        counts = self.answers.output_counts(
-            self.target.config.vocab_size, self.train_indices
-        )
-        ids, self.coverage = None, 1.0
-        if config.draft_vocab_size is not None:
-            ids, self.coverage = frequent_tokens(counts, config.draft_vocab_size)
+        config, target = self.config, self.target
         gains = None
         if config.init_recurrence == "scaled":
-            sample = self.answers.tokens[:256].astype(np.int64)[None]
-            device = self.target.lm_head.device
-            gains = measure_gains(self.target, torch.from_numpy(sample).to(device))
-        self.draft = new_clover2(config, self.target, ids, gains)
-        lm_head = self.target.lm_head
-        self.draft_lm_head = lm_head if ids is None else lm_head[ids.to(lm_head.device)]
-        model = TrainableClover2(self.draft)
+            sample = torch.from_numpy(self.answers.tokens[:256].astype(np.int64))
+            gains = measure_gains(target, sample.to(target.lm_head.device))
+        counts = self.answers.output_counts(
+            target.config.vocab_size, self.train_indices
+        )
+        if config.start_from is not None:
+            draft, self.architecture = load_draft(
+                config.start_from, torch.float32, target
+            )
+            self._check_start(draft)
+            self.draft: Any = draft.train()
+        else:
+            self.architecture = ARCHITECTURES[config.architecture]
+            ids = None
+            if config.draft_vocab_size is not None:
+                ids = frequent_tokens(counts, config.draft_vocab_size)
+            self.draft = self.architecture.new(config, target, ids, gains)
+        ids = self.draft.draft_vocab_ids
+        self.draft_lm_head = target.lm_head
+        if ids is None:
+            ids = torch.arange(target.config.vocab_size)
+        else:
+            self.draft_lm_head = target.lm_head[ids.to(target.lm_head.device)]
+        self.coverage = float(counts[ids.cpu().numpy()].sum() / counts.sum())
+        # [V] int64: the draft's number of each of the target's ids, -1 if it has none
+        self.draft_index = torch.full_like(target.lm_head[:, 0], -1, dtype=torch.int64)
+        self.draft_index[ids.to(self.draft_index.device)] = torch.arange(
+            len(ids), device=self.draft_index.device
+        )
+        model = self.architecture.trainable(self.draft)
         optimizers = make_optimizers(model, gains, config)
         self.model = self.accelerator.prepare(model)
         self.optimizers = [self.accelerator.prepare(one) for one in optimizers]
@@ -140,6 +129,21 @@ class Trainer:
                 self.draft, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)
             )
             self.accelerator.register_for_checkpointing(self.average)
+
+    def _check_start(self, draft: Any) -> None:
+        """The head that training starts from must be the one that was described."""
+        if self.architecture is not ARCHITECTURES[self.config.architecture]:
+            raise ValueError(
+                f"start_from {self.config.start_from} is no {self.config.architecture} "
+                "head; set architecture accordingly"
+            )
+        for key in ("num_hidden_layers", "draft_vocab_size"):
+            setting = {"num_hidden_layers": "num_layers"}.get(key, key)
+            found, wanted = getattr(draft.config, key), getattr(self.config, setting)
+            if found != wanted:
+                raise ValueError(
+                    f"{setting} must be that of start_from, {found}, found {wanted}"
+                )
 
     # --- data -------------------------------------------------------------
 
@@ -168,54 +172,57 @@ class Trainer:
             batches = self._epoch(epoch)
             if step < len(batches):
                 for indices in batches[step:]:
-                    yield epoch, collate(self.answers, indices)
+                    yield epoch, pack(self.answers, indices)
             step = max(0, step - len(batches))
             epoch += 1
 
-    def _shift(self, batch: Batch) -> _Shifted:
-        device = self.accelerator.device
-        input_ids = batch.input_ids.to(device)
-        if self.cache is not None:
-            hidden = self.cache.fetch(batch).to(device)
-        else:
-            hidden = self.target.pre_norm(input_ids)
-        hidden = hidden.to(self.target.lm_head.dtype).clone()
-        post_norm = self.target.post_norm(hidden)
-        next_ids = torch.nn.functional.pad(input_ids[:, 1:], (0, 1))
-        targets = torch.nn.functional.pad(post_norm[:, 1:], (0, 0, 0, 1))
-        mask = batch.loss_mask.to(device).clone()
-        # The last token has no successor state to imitate.
-        mask.scatter_(1, batch.lengths.to(device)[:, None] - 1, False)
-        return _Shifted(hidden, post_norm, next_ids, targets, mask)
+    def _states(self, batch: Batch) -> TargetStates:
+        if self.cache is None:
+            # Made in inference mode, where autograd may not save tensors.
+            return TargetStates(*(x.clone() for x in self.target.states(batch)))
+        hidden = self.cache.fetch(batch).to(self.target.lm_head)
+        return TargetStates(hidden, self.target.post_norm(hidden))
 
     # --- steps --------------------------------------------------------------
 
-    def _loss(self, batch: Batch, count_agreed: bool) -> DraftLoss:
-        config, shifted = self.config, self._shift(batch)
-        agreement = None
+    def _loss(self, batch: Batch, validating: bool, count_agreed: bool) -> DraftLoss:
+        config, device = self.config, self.accelerator.device
+        states = self._states(batch)
+        next_ids = next_in_text(batch.input_ids.to(device), batch.lengths)
+        agreement = on_policy = None
         if config.label_mask:
             with torch.no_grad():
                 agreement = label_agreement(
-                    shifted.post_norm, shifted.next_ids, self.target.lm_head
+                    states.post_norm, next_ids, self.target.lm_head
                 )
-        rows = LossRows.build(shifted.loss_mask, config.num_draft_steps, agreement)
-        embeddings = self.target.lm_head[shifted.next_ids]
-        outputs = self.model(shifted.hidden, embeddings, rows)
-        weights = LossWeights(
-            config.value_weight, config.prob_weight, config.step_decay
+        rows = LossRows.build(
+            batch.loss_mask.to(device),
+            batch.lengths,
+            config.num_draft_steps,
+            agreement,
+        )
+        if config.on_policy_top_k is not None and not validating:
+            after = next_in_text(next_ids, batch.lengths)[rows.label_position]
+            on_policy = OnPolicy(self.draft_index[after], config.on_policy_top_k)
+        outputs = self.model(
+            states,
+            self.architecture.embeddings(self.target)[next_ids],
+            Packing(batch.lengths, config.attention == "xformers"),
+            rows,
         )
         return draft_loss(
             outputs,
-            shifted.targets,
+            next_in_text(states.post_norm, batch.lengths),
             rows,
             self.draft_lm_head,
-            weights,
-            count_agreed,
-            config.compile_loss,
+            LossWeights(config.value_weight, config.prob_weight, config.step_decay),
+            on_policy=on_policy,
+            count_agreed=count_agreed,
+            compiled=config.compile_loss,
         )
 
     def _train_step(self, batch: Batch, count_agreed: bool) -> DraftLoss:
-        result = self._loss(batch, count_agreed)
+        result = self._loss(batch, validating=False, count_agreed=count_agreed)
         self.accelerator.backward(result.loss)
         norm = self.accelerator.clip_grad_norm_(
             self.model.parameters(), self.config.clip_norm
@@ -235,21 +242,26 @@ class Trainer:
             self.average.update_parameters(self.draft)
         return result
 
-    def _served_draft(self) -> Clover2Model:
+    def _served_draft(self) -> Any:
         """The weights that are evaluated and shipped."""
         return self.draft if self.average is None else self.average.module
 
     @torch.no_grad()
     def validate(self) -> dict[str, list[float]]:
         """Losses and top-1 agreement per step on the held-out answers."""
-        training, wrapped = self.model, TrainableClover2(self._served_draft())
+        training, wrapped = (
+            self.model,
+            self.architecture.trainable(self._served_draft()),
+        )
         self.model = self.accelerator.prepare_model(wrapped, evaluation_mode=True)
         totals = torch.zeros(3, self.config.num_draft_steps)
         try:
             for indices in token_budget_batches(
                 self.answers.lengths, self.val_indices, self.config.max_tokens, None
             ):
-                result = self._loss(collate(self.answers, indices), True)
+                result = self._loss(
+                    pack(self.answers, indices), validating=True, count_agreed=True
+                )
                 assert result.agreed is not None
                 ce = result.ploss * (result.weight + 1.0)
                 totals += torch.stack([ce, result.agreed, result.weight]).cpu()
@@ -282,7 +294,9 @@ class Trainer:
             self.accelerator, self.step, self.config.keep_checkpoints
         )
         if self.accelerator.is_main_process:
-            save_head(self._served_draft(), self.run_directory.head, torch.bfloat16)
+            self.architecture.save(
+                self._served_draft(), self.run_directory.head, torch.bfloat16
+            )
 
     def run(self) -> Path:
         """Train to `config.steps`; returns the folder of the finished head."""

@@ -11,6 +11,9 @@ weighted by the loss mask M there:
 
 With a reduced draft vocabulary W holds only its rows, so both distributions are
 renormalised over it; with the whole lm_head this is the original's loss exactly.
+
+`OnPolicy` goes beyond the original: a step counts only where the draft's own choices
+led to it.
 """
 
 from collections.abc import Callable
@@ -21,7 +24,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-__all__ = ["DraftLoss", "LossRows", "LossWeights", "draft_loss", "label_agreement"]
+__all__ = [
+    "DraftLoss",
+    "LossRows",
+    "LossWeights",
+    "OnPolicy",
+    "draft_loss",
+    "label_agreement",
+]
 
 # Rows of logits held at once: 512 x 8,192 floats stay in a CPU's last-level cache.
 _CHUNK_LOGITS = 512 * 8192
@@ -35,52 +45,50 @@ class LossWeights:
 
 
 def _shift_steps(
-    flags: torch.Tensor,  # [B, T] bool
+    flags: torch.Tensor,  # [N] bool
+    text: torch.Tensor,  # [N] int64, number of the text that each position is in
     num_steps: int,
-) -> torch.Tensor:  # [D, B, T] bool: step i holds flags[:, t + i]
-    length = flags.shape[1]
-    return torch.stack(
-        [F.pad(flags[:, step:], (0, min(step, length))) for step in range(num_steps)]
-    )
+) -> torch.Tensor:  # [D, N] bool: step i holds flags[t + i] within the text
+    length = len(flags)
+    shifted = []
+    for step in range(num_steps):
+        missing = min(step, length)
+        same_text = F.pad(text[step:], (0, missing), value=-1) == text
+        shifted.append(F.pad(flags[step:], (0, missing)) & same_text)
+    return torch.stack(shifted)
 
 
 @dataclass(frozen=True)
 class LossRows:
-    """The rows (sequence, position) where at least one step has a loss."""
+    """The positions of a packed batch where at least one step has a loss."""
 
-    batch: torch.Tensor  # [R] int64
     position: torch.Tensor  # [R] int64, t
     weight: torch.Tensor  # [D, R] float32, w of step i
-    label: torch.Tensor  # [D, R] int64, number of t + i among `label_*`, or 0
-    label_batch: torch.Tensor  # [S] int64, the positions with M = 1
-    label_position: torch.Tensor  # [S] int64
+    label: torch.Tensor  # [D, R] int64, number of t + i in `label_position`, or 0
+    label_position: torch.Tensor  # [S] int64, the positions with M = 1
 
     @classmethod
     def build(
         cls,
-        loss_mask: torch.Tensor,  # [B, T] bool, M; 0 from each last position on
+        loss_mask: torch.Tensor,  # [N] bool, M; 0 at each text's last position
+        lengths: tuple[int, ...],  # of the packed texts
         num_steps: int,
-        agreement: torch.Tensor | None = None,  # [B, T] bool, c of `label_agreement`
+        agreement: torch.Tensor | None = None,  # [N] bool, c of `label_agreement`
     ) -> "LossRows":
-        mask = loss_mask.bool()
-        # shifted[i, b, t] = M[b, t + i], zero past the end.
-        shifted = _shift_steps(mask, num_steps)
+        mask, device = loss_mask.bool(), loss_mask.device
+        text = torch.repeat_interleave(torch.tensor(lengths)).to(device)
+        shifted = _shift_steps(mask, text, num_steps)
         weight = shifted.float()
         if agreement is not None:
-            along = _shift_steps(agreement.bool(), num_steps)
+            along = _shift_steps(agreement.bool(), text, num_steps)
             weight = weight * along.cumprod(dim=0)
-        batch, position = shifted.any(dim=0).nonzero(as_tuple=True)
-        number = torch.zeros_like(mask, dtype=torch.int64)
-        number[mask] = torch.arange(int(mask.sum()), device=mask.device)
-        steps = torch.arange(num_steps, device=mask.device)[:, None]
-        reached = (position + steps).clamp(max=mask.shape[1] - 1)
-        return cls(
-            batch,
-            position,
-            weight[:, batch, position],
-            number[batch, reached],
-            *mask.nonzero(as_tuple=True),
-        )
+        position = shifted.any(dim=0).nonzero()[:, 0]
+        label_position = mask.nonzero()[:, 0]
+        number = torch.zeros_like(text)
+        number[label_position] = torch.arange(len(label_position), device=device)
+        steps = torch.arange(num_steps, device=device)[:, None]
+        reached = (position + steps).clamp(max=len(mask) - 1)
+        return cls(position, weight[:, position], number[reached], label_position)
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,20 @@ class DraftLoss:
     vloss: torch.Tensor  # [D]
     weight: torch.Tensor  # [D] sum of w
     agreed: torch.Tensor | None  # [D] sum of w where both argmaxes are the same
+
+
+@dataclass(frozen=True)
+class OnPolicy:
+    """Later steps are trained on the draft's own tokens, where the text has them too.
+
+    Serving reaches a step only along nodes that the draft itself proposed. What the
+    target would say after a proposal that the text does not have is unknown, and never
+    matters: such a node is rejected. So w of step i > 0 is set to 0 unless the draft's
+    `top_k` likeliest tokens held the text's token at every earlier step.
+    """
+
+    text: torch.Tensor  # [S] int64, the text's token after each label, -1: not drafted
+    top_k: int
 
 
 _ChunkTerms = Callable[
@@ -123,6 +145,16 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True)
 
 
+def _held(
+    logits: torch.Tensor,  # [C, V]
+    text: torch.Tensor,  # [C] int64 columns, -1: none
+    top_k: int,
+) -> torch.Tensor:  # [C] bool
+    """Whether the text's token is among the `top_k` likeliest; ties count for it."""
+    wanted = logits.gather(1, text.clamp(min=0)[:, None])
+    return ((logits > wanted).sum(dim=1) < top_k) & (text >= 0)
+
+
 class _SoftCrossEntropy(torch.autograd.Function):
     """sum_r w_r * CE(labels_r, W o_r), with the gradient made on the way.
 
@@ -139,11 +171,13 @@ class _SoftCrossEntropy(torch.autograd.Function):
         label: torch.Tensor,  # [R] rows of `labels`
         weight: torch.Tensor,  # [R] float32
         count_agreed: bool,
+        on_policy: OnPolicy | None,
         chunk_terms: _ChunkTerms,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         gradient = torch.empty_like(outputs)
         loss = outputs.new_zeros((), dtype=torch.float32)
         agreed = outputs.new_zeros((), dtype=torch.float32)
+        held = torch.ones_like(weight, dtype=torch.bool)
         chunk = max(1, _CHUNK_LOGITS // lm_head.shape[0])
         for start in range(0, outputs.shape[0], chunk):
             part = slice(start, start + chunk)
@@ -154,40 +188,46 @@ class _SoftCrossEntropy(torch.autograd.Function):
             if count_agreed:
                 same = logits.argmax(-1) == labels[label[part]].argmax(-1)
                 agreed += torch.sum(weight[part] * same)
+            if on_policy is not None:
+                text = on_policy.text[label[part]]
+                held[part] = _held(logits, text, on_policy.top_k)
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(agreed)
-        return loss, agreed
+        ctx.mark_non_differentiable(agreed, held)
+        return loss, agreed, held
 
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx,
         grad_loss: torch.Tensor,
-        _grad_agreed: torch.Tensor,
+        *_: torch.Tensor,
     ) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_loss, None, None, None, None, None, None
+        return gradient * grad_loss, *[None] * 7
 
 
 def draft_loss(
     outputs: torch.Tensor,  # [D, R, H] the steps' outputs at `rows`
-    targets: torch.Tensor,  # [B, T, H] Y: post-norm target states, one ahead
+    targets: torch.Tensor,  # [N, H] Y: post-norm target states, one ahead
     rows: LossRows,
     lm_head: torch.Tensor,  # [V or draft_vocab_size, H]
     weights: LossWeights,
+    *,
+    on_policy: OnPolicy | None = None,
     count_agreed: bool = False,
     compiled: bool = False,
 ) -> DraftLoss:
     """Both losses of every step, normalised over the batch."""
     chunk_terms = _compiled(_chunk_terms) if compiled else _chunk_terms
-    states = targets[rows.label_batch, rows.label_position]  # [S, H]
+    states = targets[rows.label_position]  # [S, H]
     with torch.no_grad():
         labels = _soft_labels(states, lm_head, compiled)
-    plosses, vlosses, agreements = [], [], []
+    plosses, vlosses, agreements, totals = [], [], [], []
+    reached = torch.ones_like(rows.weight[0])
     for step, out in enumerate(outputs):
-        weight, label = rows.weight[step], rows.label[step]
+        weight, label = rows.weight[step] * reached, rows.label[step]
         normaliser = weight.sum() + 1.0
-        ce, agreed = _SoftCrossEntropy.apply(
-            out, lm_head, labels, label, weight, count_agreed, chunk_terms
+        ce, agreed, held = _SoftCrossEntropy.apply(
+            out, lm_head, labels, label, weight, count_agreed, on_policy, chunk_terms
         )
         value = F.smooth_l1_loss(
             out.float(), states[label].float(), reduction="none"
@@ -195,6 +235,8 @@ def draft_loss(
         plosses.append(ce / normaliser)
         vlosses.append(torch.sum(weight * value) / normaliser)
         agreements.append(agreed)
+        totals.append(weight.sum())
+        reached = reached * held
     ploss, vloss = torch.stack(plosses), torch.stack(vlosses)
     decay = weights.decay ** torch.arange(len(plosses), device=ploss.device)
     loss = (decay * (weights.value * vloss + weights.prob * ploss)).sum()
@@ -202,7 +244,7 @@ def draft_loss(
         loss,
         ploss.detach(),
         vloss.detach(),
-        rows.weight.sum(dim=1),
+        torch.stack(totals),
         torch.stack(agreements) if count_agreed else None,
     )
 
@@ -222,12 +264,12 @@ def _soft_labels(
 
 
 def label_agreement(
-    post_norm: torch.Tensor,  # [B, T, H] target states after the final norm
-    input_ids: torch.Tensor,  # [B, T] int64, u_t = x_{t+1}
+    post_norm: torch.Tensor,  # [N, H] target states after the final norm
+    input_ids: torch.Tensor,  # [N] int64, u_t = x_{t+1}
     lm_head: torch.Tensor,  # [V, H] the whole vocabulary
     top_k: int = 8,
     top_p: float = 0.8,
-) -> torch.Tensor:  # [B, T] bool
+) -> torch.Tensor:  # [N] bool
     """Whether the text's next token is one the target itself might have chosen.
 
     True where u_t ranks below `top_k` and the probability ranked strictly

@@ -32,6 +32,7 @@ _FREE_SETTINGS = frozenset(
         "final_lr_fraction",
         "weight_decay",
         "clip_norm",
+        "attention",
         "compile_loss",
         "threads",
         "log_every",

@@ -11,9 +11,13 @@ from vllm_clover2.model import Clover2Model
 from vllm_clover2.model.weights import load_head, save_head
 from vllm_clover2.train.config import EvaluateConfig, TrainConfig
 from vllm_clover2.train.data import AnswerSet, read_answers
-from vllm_clover2.train.evaluate import HeadDraft, evaluate, evaluate_head, parse_tree
+from vllm_clover2.train.architectures import ARCHITECTURES
+from vllm_clover2.train.clover2 import HeadDraft
+from vllm_clover2.train.evaluate import evaluate, evaluate_head, parse_tree
 from vllm_clover2.train.hidden import Target
 from vllm_clover2.train.loop import train
+
+CLOVER2 = ARCHITECTURES["clover2"]
 
 
 @pytest.fixture
@@ -61,7 +65,7 @@ def simulate_chain(
     root = int(answers.prompt_lens[index])
     while root < len(tokens) - 1:
         # Only what serving would know: the tokens up to the root.
-        hidden = target.pre_norm(tokens[None, :root])
+        hidden = target.pre_norm(tokens[:root], (root,))[None]
         g = head.augment(hidden, weight[tokens[None, 1 : root + 1]])[0, -1:]
         out, drafted = head.recurrent.first(g), []
         for _ in range(depth):
@@ -89,7 +93,7 @@ def test_replay_equals_a_simulation(
     )
     assert totals[1] > 0  # otherwise nothing is compared
     result = evaluate_head(
-        head, target, answers, np.arange(12), ["chain:3"], max_tokens=128
+        head, CLOVER2, target, answers, np.arange(12), ["chain:3"], max_tokens=128
     )["chain:3"]
     assert result["steps"] == totals[0]
     assert result["accepted_per_step"] == pytest.approx(totals[1] / totals[0], abs=1e-3)
@@ -105,7 +109,12 @@ def test_wider_trees_accept_at_least_as_much(
 ) -> None:
     answers = read_answers(tiny_answers, 48, limit=40)
     result = evaluate_head(
-        head, target, answers, np.arange(40), ["chain:5", "paper", "dynamic:40"]
+        head,
+        CLOVER2,
+        target,
+        answers,
+        np.arange(40),
+        ["chain:5", "paper", "dynamic:40"],
     )
     first_level = [
         result[name]["acceptance_by_depth"][0] for name in ("chain:5", "paper")

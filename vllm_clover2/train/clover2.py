@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""New drafts for a target: configuration, starting weights, training forward."""
+"""Clover-2 in training: starting weights, forward pass, offline drafting."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -9,18 +9,23 @@ from torch import nn
 from vllm_clover2.model import (
     Clover2Config,
     Clover2Model,
+    Packing,
     RegressiveAttentionBlock,
 )
 from vllm_clover2.train.config import TrainConfig
-from vllm_clover2.train.hidden import Target
+from vllm_clover2.train.data import Batch, next_in_text
+from vllm_clover2.train.hidden import Target, TargetStates
 from vllm_clover2.train.losses import LossRows
 
 __all__ = [
+    "Clover2Replay",
     "Gains",
+    "HeadDraft",
     "TrainableClover2",
-    "make_optimizers",
     "measure_gains",
     "new_clover2",
+    "rope_theta",
+    "start_layers",
     "target_fingerprint",
 ]
 
@@ -41,20 +46,80 @@ class TrainableClover2(nn.Module):
 
     def forward(
         self,
-        hidden: torch.Tensor,  # [B, T, H] pre-norm states of the target
-        embeddings: torch.Tensor,  # [B, T, H] of the next tokens
+        states: TargetStates,
+        embeddings: torch.Tensor,  # [N, H] of the next tokens
+        packing: Packing,
         rows: LossRows,
     ) -> torch.Tensor:  # [D, R, H] outputs of every step at `rows`
         """Teacher-forced: step i consumes the text's own token at t + i."""
-        g = self.draft.augment(hidden, embeddings)[rows.batch, rows.position]
+        augmented = self.draft.augment(
+            states.pre_norm[None], embeddings[None], packing=packing
+        )
+        g = augmented[0, rows.position]
         outputs = [self.draft.recurrent.first(g)]
-        last = hidden.shape[1] - 1
         for step in range(1, rows.weight.shape[0]):
-            # Rows whose t + i lies beyond the end have weight 0.
-            reached = (rows.position + step).clamp(max=last)
-            g, out = self.draft.recurrent.advance(g, embeddings[rows.batch, reached])
+            # Rows whose t + i lies beyond their text have weight 0.
+            reached = (rows.position + step).clamp(max=len(embeddings) - 1)
+            g, out = self.draft.recurrent.advance(g, embeddings[reached])
             outputs.append(out)
         return torch.stack(outputs)
+
+
+class HeadDraft:
+    """A plain Clover-2 model as the draft that trees are grown from."""
+
+    def __init__(self, model: Clover2Model, lm_head: torch.Tensor) -> None:
+        ids = model.draft_vocab_ids
+        self._recurrent = model.recurrent
+        self._embeddings = lm_head  # [V, H]
+        self._output = lm_head if ids is None else lm_head[ids]  # [Vd, H]
+        self._ids = ids
+
+    def _log_probs(self, out: torch.Tensor) -> torch.Tensor:
+        logits = out @ self._output.T
+        return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+
+    def first(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return hidden, self._log_probs(self._recurrent.first(hidden))
+
+    def advance(
+        self, state: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        state, out = self._recurrent.advance(state, self._embeddings[tokens])
+        return state, self._log_probs(out)
+
+    def token_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
+        return draft_ids if self._ids is None else self._ids[draft_ids]
+
+
+class Clover2Replay:
+    """Drafts at any position of recorded answers; see `architectures.Replay`."""
+
+    def __init__(
+        self,
+        model: Clover2Model,
+        target: Target,
+        states: TargetStates,
+        batch: Batch,
+    ) -> None:
+        dtype = model.norm.weight.dtype
+        lm_head = target.lm_head.to(dtype)
+        device = lm_head.device
+        next_ids = next_in_text(batch.input_ids.to(device), batch.lengths)
+        self._draft = HeadDraft(model, lm_head)
+        self._starts = batch.starts.to(device)
+        self._augmented = model.augment(
+            states.pre_norm[None].to(dtype),
+            lm_head[next_ids][None],
+            packing=Packing(batch.lengths),
+        )[0]
+
+    def at(
+        self,
+        answers: torch.Tensor,  # [B] int64, numbers in the batch
+        roots: torch.Tensor,  # [B] int64, positions of the trees' roots
+    ) -> tuple[HeadDraft, torch.Tensor]:  # and the states [B, H] to grow from
+        return self._draft, self._augmented[self._starts[answers] + roots - 1]
 
 
 class Gains(NamedTuple):
@@ -94,7 +159,7 @@ def new_clover2(
             num_key_value_heads=shape.num_key_value_heads,
             head_dim=getattr(shape, "head_dim", None),
             rms_norm_eps=shape.rms_norm_eps,
-            rope_theta=_rope_theta(config, target),
+            rope_theta=rope_theta(config, target),
             max_position_embeddings=shape.max_position_embeddings,
             num_draft_steps=config.num_draft_steps,
             draft_vocab_size=None if draft_vocab_ids is None else len(draft_vocab_ids),
@@ -108,7 +173,8 @@ def new_clover2(
     return model
 
 
-def _rope_theta(config: TrainConfig, target: Target) -> float:
+def rope_theta(config: TrainConfig, target: Target) -> float:
+    """The base of the draft's rotary positions: the given one, or the target's."""
     if config.rope_theta is not None:
         return config.rope_theta
     parameters = getattr(target.config, "rope_parameters", None) or {}
@@ -166,56 +232,10 @@ def _start_recurrence(model: Clover2Model, gains: Gains | None) -> None:
     _noisy_identity(recurrent.step, 1.0)  # [I | 0]: state first, embedding second
 
 
-def make_optimizers(
-    model: nn.Module, gains: Gains | None, config: TrainConfig
-) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the larger matrices and AdamW for the rest.
-
-    The blocks' projections stay with AdamW: their useful scales differ by orders
-    of magnitude, which Muon's equal-sized updates ignore.
-    """
-    muon: list[nn.Parameter] = []
-    groups: dict[str, list[nn.Parameter]] = {"": [], "rab1": [], "rab2": []}
-    for name, parameter in model.named_parameters():
-        if gains is not None and name.endswith("rab1.v_proj.weight"):
-            groups["rab1"].append(parameter)
-        elif gains is not None and name.endswith("rab2.v_proj.weight"):
-            groups["rab2"].append(parameter)
-        elif config.muon_lr is not None and parameter.ndim == 2 and "rab" not in name:
-            muon.append(parameter)
-        else:
-            groups[""].append(parameter)
-    lr, decay = config.learning_rate, config.weight_decay
-    scales = {"": 1.0}
-    if gains is not None:
-        # An Adam step changes every entry by about the learning rate, whatever its
-        # size; a matrix started `gain` times larger needs a rate as much larger.
-        scales |= {"rab1": gains.rab1, "rab2": gains.rab2}
-    adamw = torch.optim.AdamW(
-        [
-            {"params": groups[key], "lr": lr * scale, "weight_decay": decay / scale}
-            for key, scale in scales.items()
-        ],
-        betas=(0.9, config.beta2),
-        fused=True,
-    )
-    if not muon:
-        return [adamw]
-    return [
-        adamw,
-        torch.optim.Muon(
-            muon,
-            lr=config.muon_lr,
-            weight_decay=decay,
-            adjust_lr_fn="match_rms_adamw",
-        ),
-    ]
-
-
 @torch.no_grad()
 def measure_gains(
     target: Target,
-    input_ids: torch.Tensor,  # [B, T] int64 of real text, no padding
+    input_ids: torch.Tensor,  # [N] int64 of real text
 ) -> Gains:
     """Gains that bring output embeddings to `_TOKEN_SHARE` of the states' size."""
 
@@ -223,7 +243,7 @@ def measure_gains(
         # The median: SmolLM2's first token is two hundred times the others.
         return float(rows.float().square().mean(-1).sqrt().median())
 
-    hidden = target.pre_norm(input_ids)
+    hidden = target.pre_norm(input_ids, (len(input_ids),))
     embeddings = size(target.lm_head[input_ids])
     scale = _TOKEN_SHARE / embeddings
     return Gains(size(hidden) * scale, size(target.post_norm(hidden)) * scale)
@@ -236,18 +256,25 @@ def _start_from_target(
     decoder = target.model.get_decoder()
     for norm in (model.norm, model.recurrent.norm):
         norm.weight.copy_(decoder.norm.weight)
-    if config.init_layers == "random":
+    start_layers(model.layers, target, config.init_layers)
+
+
+def start_layers(
+    layers: nn.ModuleList, target: Target, which: Literal["last", "first", "random"]
+) -> None:
+    """Copy the target's last or first layers into the draft's."""
+    sources = target.model.get_decoder().layers
+    if which == "random":
         return
-    if config.num_layers > len(decoder.layers):
+    if len(layers) > len(sources):
         raise ValueError(
-            f"num_layers ({config.num_layers}) exceeds the target's "
-            f"{len(decoder.layers)}; use init_layers=random"
+            f"num_layers ({len(layers)}) exceeds the target's {len(sources)}; use "
+            "init_layers=random"
         )
-    last = config.init_layers == "last"
-    first = len(decoder.layers) - config.num_layers if last else 0
-    for number, layer in enumerate(model.layers):
-        source = decoder.layers[first + number].state_dict()
-        wanted = {name: source[name] for name in layer.state_dict() if name in source}
+    first = len(sources) - len(layers) if which == "last" else 0
+    for layer, source in zip(layers, sources[first:]):
+        theirs = source.state_dict()
+        wanted = {name: theirs[name] for name in layer.state_dict() if name in theirs}
         try:
             layer.load_state_dict(wanted)
         except RuntimeError as error:

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The drafts that can be trained and replayed, behind one interface."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from vllm_clover2.model.weights import load_head, save_head
+from vllm_clover2.train.clover2 import (
+    Clover2Replay,
+    Gains,
+    TrainableClover2,
+    new_clover2,
+)
+from vllm_clover2.train.config import TrainConfig
+from vllm_clover2.train.data import Batch
+from vllm_clover2.train.hidden import Target, TargetStates
+from vllm_clover2.tree.growth import Draft
+
+__all__ = ["ARCHITECTURES", "Architecture", "Replay", "load_draft"]
+
+
+class Replay(Protocol):
+    """Drafts at any position of the answers of one batch."""
+
+    def at(
+        self,
+        answers: torch.Tensor,  # [B] int64, numbers in the batch
+        roots: torch.Tensor,  # [B] int64, positions of the trees' roots
+    ) -> tuple[Draft, torch.Tensor]:
+        """A draft for one tree per root, and the states [B, H] to grow from."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What training and evaluation need to know of a kind of draft.
+
+    Models have a `config` (vocab_size, hidden_size, draft_vocab_size, target,
+    training) and `draft_vocab_ids` (int64, ascending, or None).
+    """
+
+    # (settings, target, draft_vocab_ids, gains) -> model
+    new: Callable[[TrainConfig, Target, torch.Tensor | None, Gains | None], nn.Module]
+    # model -> module with the signature of `TrainableClover2.forward`
+    trainable: Callable[[Any], nn.Module]
+    # target -> [V, H], rows that the draft reads tokens from
+    embeddings: Callable[[Target], torch.Tensor]
+    save: Callable[[Any, Path, torch.dtype], None]
+    load: Callable[[Path, torch.dtype], nn.Module]
+    # (model, target, states, batch) -> drafts at its positions
+    replay: Callable[[Any, Target, TargetStates, Batch], Replay]
+
+
+ARCHITECTURES = {
+    "clover2": Architecture(
+        new=new_clover2,
+        trainable=TrainableClover2,
+        embeddings=lambda target: target.lm_head,
+        save=save_head,
+        load=load_head,
+        replay=Clover2Replay,
+    ),
+}
+
+
+def load_draft(
+    folder: Path, dtype: torch.dtype, target: Target
+) -> tuple[nn.Module, Architecture]:
+    """The draft in `folder`, in evaluation mode, and its kind.
+
+    Raises:
+        ValueError: it is no draft, or not one for this target.
+    """
+    try:
+        model_type = json.loads((folder / "config.json").read_text())["model_type"]
+        architecture = ARCHITECTURES[{"llama": "eagle1"}.get(model_type, model_type)]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{folder} is no draft head: expected a folder with config.json and "
+            f"model.safetensors, of one of the kinds {sorted(ARCHITECTURES)} "
+            f"({error!r})"
+        ) from error
+    model: Any = architecture.load(folder, dtype)
+    for key in ("hidden_size", "vocab_size"):
+        ours, theirs = getattr(model.config, key), getattr(target.config, key)
+        if ours != theirs:
+            raise ValueError(
+                f"the head's {key} must equal the target's {theirs}, found {ours}; "
+                "use the head that was trained for this target"
+            )
+    return model.to(target.lm_head.device).eval(), architecture

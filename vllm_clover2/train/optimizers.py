@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimisers of a run and their learning rate by step."""
+
+import math
+
+import torch
+from torch import nn
+
+from vllm_clover2.train.clover2 import Gains
+from vllm_clover2.train.config import TrainConfig
+
+__all__ = ["lr_factor", "make_optimizers"]
+
+
+def lr_factor(step: int, config: TrainConfig) -> float:
+    """Warm-up, a plateau, and a cosine over the last `decay_fraction` of the run."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    start = max(config.warmup_steps, round(config.steps * (1 - config.decay_fraction)))
+    progress = (step - start) / max(1, config.steps - start)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
+    return config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine
+
+
+def make_optimizers(
+    model: nn.Module, gains: Gains | None, config: TrainConfig
+) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the larger matrices and AdamW for the rest.
+
+    The blocks' projections stay with AdamW: their useful scales differ by orders
+    of magnitude, which Muon's equal-sized updates ignore.
+    """
+    muon: list[nn.Parameter] = []
+    groups: dict[str, list[nn.Parameter]] = {"": [], "rab1": [], "rab2": []}
+    for name, parameter in model.named_parameters():
+        if gains is not None and name.endswith("rab1.v_proj.weight"):
+            groups["rab1"].append(parameter)
+        elif gains is not None and name.endswith("rab2.v_proj.weight"):
+            groups["rab2"].append(parameter)
+        elif config.muon_lr is not None and parameter.ndim == 2 and "rab" not in name:
+            muon.append(parameter)
+        else:
+            groups[""].append(parameter)
+    lr, decay = config.learning_rate, config.weight_decay
+    scales = {"": 1.0}
+    if gains is not None:
+        # An Adam step changes every entry by about the learning rate, whatever its
+        # size; a matrix started `gain` times larger needs a rate as much larger.
+        scales |= {"rab1": gains.rab1, "rab2": gains.rab2}
+    adamw = torch.optim.AdamW(
+        [
+            {"params": groups[key], "lr": lr * scale, "weight_decay": decay / scale}
+            for key, scale in scales.items()
+        ],
+        betas=(0.9, config.beta2),
+        fused=True,
+    )
+    if not muon:
+        return [adamw]
+    return [
+        adamw,
+        torch.optim.Muon(
+            muon,
+            lr=config.muon_lr,
+            weight_decay=decay,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+    ]
