@@ -6,7 +6,6 @@ hold both to the same tensors.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from vllm_clover2.model.config import Clover2Config
@@ -88,21 +87,3 @@ class Clover2Model(nn.Module):
                 # that it stays finite.  No valid row ever looks at it.
                 mask = mask | (columns == rows[:, None])
         return Positions.of(rows, self.config, mask)
-
-    def unroll(
-        self,
-        g: torch.Tensor,  # [B, T, H]
-        embeddings: torch.Tensor,  # [B, T, H] of the next tokens
-        num_steps: int,
-    ) -> torch.Tensor:  # [num_steps, B, T, H]
-        """Teacher-forced recurrence over whole sequences.
-
-        Step i consumes the embedding at t + i; rows without one are zero.
-        """
-        outputs = [self.recurrent.first(g)]
-        for step in range(1, num_steps):
-            g, out = self.recurrent.advance(
-                g[:, : g.shape[1] - 1], embeddings[:, step:]
-            )
-            outputs.append(F.pad(out, (0, 0, 0, step)))
-        return torch.stack(outputs)

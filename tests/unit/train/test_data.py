@@ -7,9 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from vllm_clover2.train.data import collate, read_answers, token_budget_batches
+from vllm_clover2.train.data import (
+    next_in_text,
+    pack,
+    read_answers,
+    token_budget_batches,
+)
 
 
 def write(path: Path, records: list[dict[str, object]]) -> Path:
@@ -90,8 +94,10 @@ def test_batches_cover_everything_within_the_budget(seed: int | None) -> None:
     indices = np.arange(0, 500, 2)
     batches = token_budget_batches(lengths, indices, 256, seed)
     assert sorted(np.concatenate(batches)) == indices.tolist()
+    assert max(lengths[batch].sum() for batch in batches) <= 256
+    assert len(batches) < 1.25 * lengths[indices].sum() / 256
+    # Of similar length, because the target's pass pads them.
     padded = [len(batch) * lengths[batch].max() for batch in batches]
-    assert max(padded) <= 256
     assert sum(padded) < 1.2 * lengths[indices].sum()
     again = token_budget_batches(lengths, indices, 256, seed)
     assert [batch.tolist() for batch in batches] == [batch.tolist() for batch in again]
@@ -116,11 +122,26 @@ def test_no_answers_give_no_batches() -> None:
     assert token_budget_batches(np.array([3]), np.array([], dtype=int), 9, None) == []
 
 
-def test_collate_masks_the_output_and_the_last_prompt_token(tmp_path: Path) -> None:
+def test_pack_masks_the_output_and_the_last_prompt_token(tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.jsonl", [record("a", [1, 2], [3, 4]), record("b", [5], [6])]
     )
-    batch = collate(read_answers(path, 9), np.array([1, 0]))
-    assert batch.input_ids.tolist() == [[5, 6, 0, 0], [1, 2, 3, 4]]
-    assert batch.loss_mask.int().tolist() == [[1, 1, 0, 0], [0, 1, 1, 1]]
-    assert torch.equal(batch.lengths, torch.tensor([2, 4]))
+    batch = pack(read_answers(path, 9), np.array([1, 0]))
+    assert batch.input_ids.tolist() == [5, 6, 1, 2, 3, 4]
+    # Not the last token of an answer: nothing follows whose state could be imitated.
+    assert batch.loss_mask.int().tolist() == [1, 0, 0, 1, 1, 0]
+    assert batch.lengths == (2, 4)
+    assert batch.starts.tolist() == [0, 2]
+    following = next_in_text(batch.input_ids, batch.lengths)
+    assert following.tolist() == [6, 0, 2, 3, 4, 0]
+
+
+def test_answers_are_selected_by_place_and_temperature(tmp_path: Path) -> None:
+    records = [
+        record(f"id-{i}", [1], [2]) | {"temperature": i % 2 / 2} for i in range(6)
+    ]
+    answers = read_answers(write(tmp_path / "a.jsonl", records), 9)
+    assert answers.select(None, None).tolist() == [0, 1, 2, 3, 4, 5]
+    assert answers.select(4, [0.5]).tolist() == [1, 3]
+    with pytest.raises(ValueError, match=r"temperature of \[1\.0\].*\[0\.0, 0\.5\]"):
+        answers.select(None, [1.0])

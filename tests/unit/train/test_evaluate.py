@@ -9,10 +9,10 @@ import torch
 
 from vllm_clover2.model import Clover2Model
 from vllm_clover2.model.weights import load_head, save_head
-from vllm_clover2.train.config import EvaluateConfig, TrainConfig
-from vllm_clover2.train.data import AnswerSet, read_answers
 from vllm_clover2.train.architectures import ARCHITECTURES
 from vllm_clover2.train.clover2 import HeadDraft
+from vllm_clover2.train.config import EvaluateConfig, TrainConfig
+from vllm_clover2.train.data import AnswerSet, read_answers
 from vllm_clover2.train.evaluate import evaluate, evaluate_head, parse_tree
 from vllm_clover2.train.hidden import Target
 from vllm_clover2.train.loop import train

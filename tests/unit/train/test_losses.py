@@ -9,11 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vllm_clover2.model import Clover2Model
+from vllm_clover2.model import Clover2Model, Packing
 from vllm_clover2.model.weights import from_reference
+from vllm_clover2.train.clover2 import TrainableClover2
+from vllm_clover2.train.hidden import TargetStates
 from vllm_clover2.train.losses import (
     LossRows,
     LossWeights,
+    OnPolicy,
     draft_loss,
     label_agreement,
 )
@@ -41,14 +44,18 @@ def test_losses_and_gradients_match(name: str, variant: str) -> None:
     golden = load_file(case / "loss.safetensors")
     batch = {k[6:]: v for k, v in golden.items() if k.startswith("batch.")}
 
+    # The padded texts of the batch, one behind the other.
+    lengths = tuple([batch["input_ids"].shape[1]] * len(batch["input_ids"]))
+    batch = {key: tensor.flatten(0, 1) for key, tensor in batch.items()}
     agreement = None
     if variant == "label_mask":
         agreement = label_agreement(batch["hidden_states"], batch["input_ids"], lm_head)
-    rows = LossRows.build(batch["loss_mask"], config.num_draft_steps, agreement)
+    rows = LossRows.build(
+        batch["loss_mask"], lengths, config.num_draft_steps, agreement
+    )
+    states = TargetStates(batch["hidden_states_onnorm"], batch["hidden_states"])
     embeddings = lm_head[batch["input_ids"]]
-    g = model.augment(batch["hidden_states_onnorm"], embeddings)
-    heads = model.unroll(g, embeddings, config.num_draft_steps)
-    outputs = heads[:, rows.batch, rows.position]
+    outputs = TrainableClover2(model)(states, embeddings, Packing(lengths), rows)
     result = draft_loss(outputs, batch["target"], rows, lm_head, LossWeights())
 
     def close(actual: torch.Tensor, expected: torch.Tensor, limit: float) -> None:
@@ -72,20 +79,26 @@ def test_losses_and_gradients_match(name: str, variant: str) -> None:
         assert found == pytest.approx(norm, rel=1e-5)
 
 
+LENGTHS = (6, 5)
+MASK = torch.tensor([0, 0, 1, 1, 1, 0, 1, 0, 1, 1, 0], dtype=torch.bool)
+
+
+def text_of(position: int) -> int:
+    return int(position >= LENGTHS[0])
+
+
 def test_gathered_rows_cover_exactly_the_mask() -> None:
-    mask = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0]], dtype=torch.bool)
-    rows = LossRows.build(mask, num_steps=3)
+    rows = LossRows.build(MASK, LENGTHS, num_steps=3)
     for step in range(3):
-        reached = {
-            (int(b), int(t) + step)
-            for b, t, w in zip(rows.batch, rows.position, rows.weight[step])
-            if w
+        reached = {int(t) + step for t, w in zip(rows.position, rows.weight[step]) if w}
+        wanted = {
+            int(s)
+            for s in MASK.nonzero()
+            if s >= step and text_of(s) == text_of(s - step)
         }
-        wanted = {(int(b), int(s)) for b, s in mask.nonzero() if s >= step}
         assert reached == wanted
         for column in rows.weight[step].nonzero()[:, 0]:
             label = rows.label[step, column]
-            assert rows.label_batch[label] == rows.batch[column]
             assert rows.label_position[label] == rows.position[column] + step
 
 
@@ -94,12 +107,10 @@ def test_chunked_loss_equals_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     vocab, hidden, num_steps = 11, 6, 2
     monkeypatch.setattr("vllm_clover2.train.losses._CHUNK_LOGITS", 3 * vocab)
-    mask = torch.rand(2, 9) < 0.6
-    mask[:, -1] = False
-    rows = LossRows.build(mask, num_steps)
+    rows = LossRows.build(MASK, LENGTHS, num_steps)
     lm_head = torch.randn(vocab, hidden)
-    targets = torch.randn(2, 9, hidden)
-    outputs = torch.randn(num_steps, len(rows.batch), hidden, requires_grad=True)
+    targets = torch.randn(len(MASK), hidden)
+    outputs = torch.randn(num_steps, len(rows.position), hidden, requires_grad=True)
     weights = LossWeights(value=0.0, prob=1.0, decay=0.5)
     result = draft_loss(outputs, targets, rows, lm_head, weights, count_agreed=True)
     result.loss.backward()
@@ -108,10 +119,10 @@ def test_chunked_loss_equals_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
     total = torch.zeros(())
     for step in range(num_steps):
         terms = []
-        for column in range(len(rows.batch)):
-            reached = int(rows.position[column]) + step
-            if reached < 9 and mask[rows.batch[column], reached]:
-                wanted = (lm_head @ targets[rows.batch[column], reached]).softmax(-1)
+        for column, position in enumerate(rows.position.tolist()):
+            reached = position + step
+            if text_of(reached) == text_of(position) and MASK[reached]:
+                wanted = (lm_head @ targets[reached]).softmax(-1)
                 found = (lm_head @ again[step, column]).log_softmax(-1)
                 terms.append(-(wanted * found).sum())
         total = total + 0.5**step * sum(terms) / (len(terms) + 1)
@@ -124,14 +135,12 @@ def test_chunked_loss_equals_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_compiled_loss_equals_the_plain_one() -> None:
     torch.manual_seed(0)
-    mask = torch.ones(2, 8, dtype=torch.bool)
-    mask[:, -1] = False
-    rows = LossRows.build(mask, num_steps=2)
-    lm_head, targets = torch.randn(16, 6), torch.randn(2, 8, 6)
+    rows = LossRows.build(MASK, LENGTHS, num_steps=2)
+    lm_head, targets = torch.randn(16, 6), torch.randn(len(MASK), 6)
     results = []
     for compiled in (False, True):
         generator = torch.Generator().manual_seed(1)
-        outputs = torch.randn(2, len(rows.batch), 6, generator=generator)
+        outputs = torch.randn(2, len(rows.position), 6, generator=generator)
         outputs.requires_grad_()
         result = draft_loss(
             outputs, targets, rows, lm_head, LossWeights(), compiled=compiled
@@ -142,19 +151,49 @@ def test_compiled_loss_equals_the_plain_one() -> None:
         torch.testing.assert_close(compiled, plain)
 
 
+def test_on_policy_steps_count_where_the_draft_held_the_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("vllm_clover2.train.losses._CHUNK_LOGITS", 2 * 4)
+    mask = torch.ones(5, dtype=torch.bool)
+    mask[-1] = False
+    rows = LossRows.build(mask, (5,), num_steps=3)
+    assert rows.position.tolist() == [0, 1, 2, 3]
+    # Step 0 proposes 0, then 1 as its second choice; later steps 2, then 3.
+    outputs = torch.tensor([[4.0, 3.0, 0.0, 0.0], [1.0, 0.0, 9.0, 2.0]])
+    outputs = torch.stack([outputs[[0] * 4], outputs[[1] * 4], outputs[[1] * 4]])
+    text = torch.tensor([0, 1, 2, -1])  # after the labels at 0, 1, 2, 3
+
+    def weight(top_k: int) -> list[float]:
+        result = draft_loss(
+            outputs,
+            torch.zeros(5, 4),
+            rows,
+            torch.eye(4),
+            LossWeights(),
+            on_policy=OnPolicy(text, top_k),
+        )
+        return result.weight.tolist()
+
+    # Step 0 counts everywhere. Its choices hold the text at 0 (both), and at 1 among
+    # two; at 2 and 3 never. Step 1 from 1 reaches the label at 2, whose text is 2.
+    assert weight(top_k=1) == [4, 1, 0]
+    assert weight(top_k=2) == [4, 2, 1]
+
+
 def test_agreement_follows_rank_and_mass() -> None:
     # Probabilities 0.5, 0.4, 0.1 at every position.
-    post_norm = torch.tensor([[0.5, 0.4, 0.1]]).log().expand(1, 4, 3)
-    next_ids = torch.tensor([[0, 1, 2, 2]])
+    post_norm = torch.tensor([0.5, 0.4, 0.1]).log().expand(4, 3)
+    next_ids = torch.tensor([0, 1, 2, 2])
     agreement = label_agreement(post_norm, next_ids, torch.eye(3), top_k=3, top_p=0.8)
-    assert agreement.tolist() == [[True, True, False, False]]
+    assert agreement.tolist() == [True, True, False, False]
     agreement = label_agreement(post_norm, next_ids, torch.eye(3), top_k=1, top_p=0.8)
-    assert agreement.tolist() == [[True, False, False, False]]
+    assert agreement.tolist() == [True, False, False, False]
 
 
 def test_steps_after_a_disagreement_have_no_weight() -> None:
-    mask = torch.tensor([[True, True, True, True, False]])
-    agreement = torch.tensor([[True, False, True, True, True]])
-    rows = LossRows.build(mask, num_steps=3, agreement=agreement)
+    mask = torch.tensor([True, True, True, True, False])
+    agreement = torch.tensor([True, False, True, True, True])
+    rows = LossRows.build(mask, (5,), num_steps=3, agreement=agreement)
     weight = {int(t): rows.weight[:, i].tolist() for i, t in enumerate(rows.position)}
     assert weight == {0: [1, 0, 0], 1: [0, 0, 0], 2: [1, 1, 0], 3: [1, 0, 0]}
