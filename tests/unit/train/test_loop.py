@@ -236,6 +236,50 @@ def test_label_mask_leaves_rows_out(tiny_config: TrainConfig) -> None:
     assert (weights[1] > 0.5 * weights[0]).all()
 
 
+def test_on_policy_training_leaves_later_steps_out_but_not_in_validation(
+    tiny_config: TrainConfig,
+) -> None:
+    plain = Trainer(tiny_config)
+    own = Trainer(changed(tiny_config, on_policy_top_k=2))
+    batch = next(plain._batches_from(0))[1]
+    weights = [
+        trainer._loss(batch, validating, False).weight
+        for trainer, validating in ((plain, False), (own, False), (own, True))
+    ]
+    assert weights[1][0] == weights[0][0]
+    assert (weights[1][1:] < weights[0][1:]).all()
+    assert torch.equal(weights[2], weights[0])
+
+
+def test_training_goes_on_from_a_head(tiny_config: TrainConfig, tmp_path: Path) -> None:
+    config = changed(tiny_config, steps=60, draft_vocab_size=40)
+    first = train(config)
+    further = changed(config, steps=1, warmup_steps=0, learning_rate=1e-9)
+    further = changed(further, output=tmp_path / "further", start_from=first)
+    head = load_head(train(further))
+    for name, tensor in load_head(first).state_dict().items():
+        # Written in bf16, read, moved by next to nothing, written again.
+        assert torch.equal(head.state_dict()[name], tensor), name
+    with pytest.raises(ValueError, match="num_layers must be that of start_from, 1"):
+        Trainer(changed(further, num_layers=2, output=tmp_path / "other"))
+
+
+def test_only_answers_of_the_wanted_temperatures_are_used(
+    tiny_config: TrainConfig, tmp_path: Path
+) -> None:
+    lines = tiny_config.answers.read_text().splitlines()
+    mixed = tmp_path / "mixed.jsonl"
+    records = [json.loads(line) for line in lines]
+    for number, record in enumerate(records):
+        record["temperature"] = [0.0, 0.7][number % 2]
+    mixed.write_text("".join(json.dumps(record) + "\n" for record in records))
+    trainer = Trainer(
+        changed(tiny_config, answers=mixed, temperatures=[0.7], max_answers=100)
+    )
+    used = np.concatenate([trainer.train_indices, trainer.val_indices])
+    assert sorted(used) == list(range(1, 100, 2))
+
+
 def test_old_checkpoints_are_dropped(tiny_config: TrainConfig) -> None:
     config = changed(tiny_config, save_every=3, keep_checkpoints=2)
     train(config)
