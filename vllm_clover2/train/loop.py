@@ -72,11 +72,12 @@ class Trainer:
                 f"no answer fell into the validation share "
                 f"{config.validation_fraction}; give more answers or a larger share"
             )
-        self.cache = (
-            HiddenStateCache(config.hidden_cache, self.answers, self.target)
-            if config.hidden_cache
-            else None
-        )
+        self.cache = None
+        if config.hidden_cache is not None:
+            with self.accelerator.main_process_first():  # it makes the files
+                self.cache = HiddenStateCache(
+                    config.hidden_cache, self.answers, self.target
+                )
         self._build_draft()
         self.run_directory = RunDirectory(config.output)
         self.step = 0
@@ -249,24 +250,28 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> dict[str, list[float]]:
         """Losses and top-1 agreement per step on the held-out answers."""
-        training, wrapped = (
-            self.model,
-            self.architecture.trainable(self._served_draft()),
+        training = self.model
+        self.model = self.accelerator.prepare_model(
+            self.architecture.trainable(self._served_draft()), evaluation_mode=True
         )
-        self.model = self.accelerator.prepare_model(wrapped, evaluation_mode=True)
-        totals = torch.zeros(3, self.config.num_draft_steps)
+        totals = torch.zeros(
+            3, self.config.num_draft_steps, device=self.accelerator.device
+        )
+        batches = token_budget_batches(
+            self.answers.lengths, self.val_indices, self.config.max_tokens, None
+        )
+        world = self.accelerator.num_processes
         try:
-            for indices in token_budget_batches(
-                self.answers.lengths, self.val_indices, self.config.max_tokens, None
-            ):
+            for indices in batches[self.accelerator.process_index :: world]:
                 result = self._loss(
                     pack(self.answers, indices), validating=True, count_agreed=True
                 )
                 assert result.agreed is not None
                 ce = result.ploss * (result.weight + 1.0)
-                totals += torch.stack([ce, result.agreed, result.weight]).cpu()
+                totals += torch.stack([ce, result.agreed, result.weight])
         finally:
             self.model = training
+        totals = self.accelerator.reduce(totals)
         return {
             "ploss": (totals[0] / totals[2]).tolist(),
             "agreement": (totals[1] / totals[2]).tolist(),
@@ -307,13 +312,12 @@ class Trainer:
             "num_train": len(self.train_indices),
             "num_validation": len(self.val_indices),
         }
-        record = self.run_directory.record(config.model_dump(mode="json"), data)
-        self.draft.config.training = {
-            **record,
-            "draft_vocab_coverage": round(self.coverage, 4),
-        }
-        if self.average is not None:
-            self.average.module.config = self.draft.config
+        if self.accelerator.is_main_process:
+            record = self.run_directory.record(config.model_dump(mode="json"), data)
+            coverage = {"draft_vocab_coverage": round(self.coverage, 4)}
+            self.draft.config.training = record | coverage
+            if self.average is not None:
+                self.average.module.config = self.draft.config
         self.resume()
         columns = (*Progress.get_default_columns()[:3], TimeRemainingColumn())
         with Progress(

@@ -170,9 +170,12 @@ class RunDirectory:
         """
         final = self.checkpoints / f"step-{step:07d}"
         partial = self.checkpoints / f".partial-{step:07d}"
-        shutil.rmtree(partial, ignore_errors=True)
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        accelerator.wait_for_everyone()
         try:
             accelerator.save_state(str(partial))
+            accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(partial, final)

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run in two processes, which exchange gradients as GPUs would."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from vllm_clover2.model.weights import load_head
+from vllm_clover2.train.config import TrainConfig
+
+
+def launch(config: TrainConfig) -> None:
+    options: list[str] = []
+    for name, value in config.model_dump(mode="json", exclude_unset=True).items():
+        options += ["--" + name.replace("_", "-"), str(value)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--master-port=0", "-m", "vllm_clover2.cli", "train", *options]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_head_and_resume(tiny_config: TrainConfig) -> None:
+    config = tiny_config.model_copy(
+        update={
+            "steps": 150,
+            "ema_decay": 0.9,
+            "hidden_cache": tiny_config.output / "h",
+        }
+    )
+    config = TrainConfig(**config.model_dump(exclude_unset=True))
+    launch(config)
+    rows = list(csv.DictReader((config.output / "metrics.csv").open()))
+    # Every step is logged once, by one process.
+    assert [int(float(row["step"])) for row in rows] == list(range(4, 151, 4))
+    assert float(rows[-1]["ploss_0"]) < float(rows[0]["ploss_0"]) - 0.5
+    head = load_head(config.output / "head")
+    assert head.config.training["settings"]["steps"] == 150
+
+    launch(TrainConfig(**config.model_dump(exclude_unset=True) | {"steps": 152}))
+    record = json.loads((config.output / "run.json").read_text())
+    assert len(record["earlier_commands"]) == 1
+    names = sorted(path.name for path in (config.output / "checkpoints").iterdir())
+    assert names[-1] == "step-0000152"
