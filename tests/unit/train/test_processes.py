@@ -18,7 +18,7 @@ def launch(config: TrainConfig) -> None:
     for name, value in config.model_dump(mode="json", exclude_unset=True).items():
         options += ["--" + name.replace("_", "-"), str(value)]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--master-port=0", "-m", "vllm_clover2.cli", "train", *options]
+    command += ["--standalone", "-m", "vllm_clover2.cli", "train", *options]
     environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -28,7 +28,7 @@ def launch(config: TrainConfig) -> None:
 def test_two_processes_train_one_head_and_resume(tiny_config: TrainConfig) -> None:
     config = tiny_config.model_copy(
         update={
-            "steps": 150,
+            "steps": 80,
             "ema_decay": 0.9,
             "hidden_cache": tiny_config.output / "h",
         }
@@ -37,13 +37,13 @@ def test_two_processes_train_one_head_and_resume(tiny_config: TrainConfig) -> No
     launch(config)
     rows = list(csv.DictReader((config.output / "metrics.csv").open()))
     # Every step is logged once, by one process.
-    assert [int(float(row["step"])) for row in rows] == list(range(4, 151, 4))
+    assert [int(float(row["step"])) for row in rows] == list(range(4, 81, 4))
     assert float(rows[-1]["ploss_0"]) < float(rows[0]["ploss_0"]) - 0.5
     head = load_head(config.output / "head")
-    assert head.config.training["settings"]["steps"] == 150
+    assert head.config.training["settings"]["steps"] == 80
 
-    launch(TrainConfig(**config.model_dump(exclude_unset=True) | {"steps": 152}))
+    launch(TrainConfig(**config.model_dump(exclude_unset=True) | {"steps": 82}))
     record = json.loads((config.output / "run.json").read_text())
     assert len(record["earlier_commands"]) == 1
     names = sorted(path.name for path in (config.output / "checkpoints").iterdir())
-    assert names[-1] == "step-0000152"
+    assert names[-1] == "step-0000082"
