@@ -4,7 +4,8 @@
     python examples/step_time.py [--dtype bfloat16]
 
 These are the times that adaptive trees are sized by, measured when an engine starts:
-one target pass with its output head, and drafting for one request.
+one target pass with its output head, and drafting for one request. A second table has
+the parts of one request's step, measured when asked, and what share drafting is.
 """
 
 import argparse
@@ -40,7 +41,26 @@ def main() -> None:
     table.add_column("against 1 row", justify="right")
     for rows, time in milliseconds.items():
         table.add_row(str(rows), f"{time:.1f}", f"{time / milliseconds[1]:.2f}x")
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    show_parts(console, llm.collective_rpc("clover2_part_milliseconds")[0])
+
+
+def show_parts(console: Console, milliseconds: dict[str, float]) -> None:
+    """Print what the parts of a step take, and drafting against the target's pass."""
+    draft = sum(
+        time for part, time in milliseconds.items() if not part.startswith("target_")
+    )
+    table = Table(title="Parts of one request's step")
+    table.add_column("part")
+    table.add_column("ms", justify="right")
+    table.add_column("drafting against it", justify="right")
+    for part, time in milliseconds.items():
+        name, _, rows = part.partition("_")
+        share = f"{draft / time:.1%}" if name == "target" else ""
+        label = f"{name}, rows: {rows}" if rows else name
+        table.add_row(label, f"{time:.1f}", share)
+    console.print(table)
 
 
 if __name__ == "__main__":

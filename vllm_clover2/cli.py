@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _settings_command(commands, "train", TrainConfig, "train a draft head")
     _settings_command(
-        commands, "evaluate", EvaluateConfig, "replay a head on recorded answers"
+        commands, "evaluate", EvaluateConfig, "measure a head on recorded answers"
     )
     convert = commands.add_parser(
         "convert", help="convert a checkpoint of the original Clover-2 project"
@@ -106,6 +106,16 @@ def _run_convert(arguments: argparse.Namespace) -> None:
     print(f"wrote {arguments.output}")
 
 
+def _evaluate(settings: Any) -> dict[str, dict[str, object]]:
+    if settings.served:
+        from vllm_clover2.train.served import evaluate_served
+
+        return evaluate_served(settings)
+    from vllm_clover2.train.evaluate import evaluate
+
+    return evaluate(settings)
+
+
 def _run_settings(command: str, settings: BaseModel) -> None:
     from vllm_clover2.train.config import EvaluateConfig, TrainConfig
     from vllm_clover2.train.generate import GenerateConfig, generate
@@ -117,9 +127,7 @@ def _run_settings(command: str, settings: BaseModel) -> None:
 
         print(f"the head is in {train(settings)}")
     elif isinstance(settings, EvaluateConfig):
-        from vllm_clover2.train.evaluate import evaluate
-
-        print(json.dumps(evaluate(settings), indent=1))
+        print(json.dumps(_evaluate(settings), indent=1))
     else:
         raise AssertionError(command)
 

@@ -2,6 +2,7 @@
 """Runs the draft: the augmenting block over committed rows, then tree growth."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from vllm_clover2.tree.growth import GrownTrees, grow_dynamic, grow_static
 _MIN_LEVEL_MASS = 0.1
 """A level takes about 1 ms of a 35 ms step of SmolLM2-135M on two cores, and half of
 the nodes above it are accepted with one below; less mass than this does not pay."""
+
+_COMMITTED_ROWS = 3
+"""A step commits its root and the accepted nodes: two or three rows."""
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -82,18 +86,24 @@ class Clover2Proposer(EagleProposer):
         slot_mappings: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """Profile and warm up: one pass over ``num_tokens`` rows, one growth."""
+        hidden = self._pass_rows(num_tokens, slot_mappings)
+        self.grow(hidden[: self.max_batch_size])
+
+    def _pass_rows(
+        self, num_rows: int, slot_mappings: dict[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Run the augmenting block over so many rows of the buffers, without KV."""
         with set_forward_context(
             None,
             self.vllm_config,
-            num_tokens=num_tokens,
+            num_tokens=num_rows,
             slot_mapping=slot_mappings or {},
         ):
-            hidden = self.model(
-                self.input_ids[:num_tokens],
-                self.positions[:num_tokens],
-                self.hidden_states[:num_tokens],
+            return self.model(
+                self.input_ids[:num_rows],
+                self.positions[:num_rows],
+                self.hidden_states[:num_rows],
             )
-        self.grow(hidden[: self.max_batch_size])
 
     def augment(
         self,
@@ -162,6 +172,29 @@ class Clover2Proposer(EagleProposer):
             ),
         )
 
+    def measure_parts(self, pass_rows: Callable[[int], Any]) -> dict[str, float]:
+        """Seconds of the parts of one request's step, the names ending in their rows.
+
+        A dynamic tree is grown to its full depth, which is the most that it can take.
+        Attention has no KV to read here, in the target and in the draft.
+        """
+        hidden = self.hidden_states[:1]
+        if self.options.tree == "dynamic":
+            tree = dataclasses.replace(self._dynamic_tree, min_level_mass=0.0)
+            grow = functools.partial(grow_dynamic, self.model, hidden, tree)
+        else:
+            grow = functools.partial(self.grow, hidden)
+        rows = min(self.options.num_nodes + 1, self.max_num_tokens)
+        parts: dict[str, Callable[[], Any]] = {
+            "target_1": functools.partial(pass_rows, 1),
+            f"target_{rows}": functools.partial(pass_rows, rows),
+            f"augment_{_COMMITTED_ROWS}": functools.partial(
+                self._pass_rows, _COMMITTED_ROWS
+            ),
+            "grow": grow,
+        }
+        return {name: _median_seconds(part, runs=9) for name, part in parts.items()}
+
     def _attention_metadata(
         self,
         committed: CommittedRows,
@@ -218,10 +251,10 @@ def _of_first_rank(trees: GrownTrees) -> GrownTrees:
     return GrownTrees(*(group.broadcast(part.contiguous()) for part in trees))
 
 
-def _median_seconds(run: Callable[..., Any], *args: Any) -> float:
-    """Median time of three runs after a first one; waits for the device."""
+def _median_seconds(run: Callable[..., Any], *args: Any, runs: int = 3) -> float:
+    """Median time of some runs after a first one; waits for the device."""
     times = []
-    for _ in range(4):
+    for _ in range(runs + 1):
         start = time.perf_counter()
         run(*args)
         torch.accelerator.synchronize()

@@ -93,16 +93,21 @@ class Clover2RunnerMixin:
     @torch.inference_mode()
     def measure_step(self) -> None:
         """Let the drafter learn what a step costs; call once, after warm-up."""
+        self.drafter.measure_step(self._pass_rows)
 
-        def pass_rows(num_rows: int) -> None:
-            with set_forward_context(None, self.vllm_config, num_tokens=num_rows):
-                hidden_states, _ = self._model_forward(
-                    input_ids=self.input_ids.gpu[:num_rows],
-                    positions=self.positions[:num_rows],
-                )
-            self.model.compute_logits(hidden_states)
+    @torch.inference_mode()
+    def measure_parts(self) -> dict[str, float]:
+        """Seconds of the parts of one request's step, measured now."""
+        return self.drafter.measure_parts(self._pass_rows)
 
-        self.drafter.measure_step(pass_rows)
+    def _pass_rows(self, num_rows: int) -> None:
+        """Run the target over so many rows, output head included, without KV."""
+        with set_forward_context(None, self.vllm_config, num_tokens=num_rows):
+            hidden_states, _ = self._model_forward(
+                input_ids=self.input_ids.gpu[:num_rows],
+                positions=self.positions[:num_rows],
+            )
+        self.model.compute_logits(hidden_states)
 
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
         # The stock test stops drafting for the whole batch, for good, once any
@@ -312,3 +317,13 @@ class Clover2WorkerMixin:
             return {}
         rows = (1, 2, 4, 8, 16, 26, 32, 61, 64, 128, 256)
         return {n: 1e3 * float(seconds[n]) for n in rows if n < len(seconds)}
+
+    def clover2_part_milliseconds(self) -> dict[str, float]:
+        """Times of the parts of one request's step, measured by this call.
+
+        ``target_1`` and ``target_N`` are the target over one row and over a tree's,
+        ``augment_N`` the augmenting block over N committed rows, ``grow`` a tree. For
+        ``LLM.collective_rpc("clover2_part_milliseconds")``, between requests.
+        """
+        seconds = self.model_runner.measure_parts()
+        return {part: 1e3 * time for part, time in seconds.items()}

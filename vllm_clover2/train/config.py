@@ -108,7 +108,7 @@ class TrainConfig(BaseModel):
 
 
 class EvaluateConfig(BaseModel):
-    """Settings of an offline evaluation."""
+    """Settings of an evaluation, by offline replay or served by vLLM."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -126,3 +126,8 @@ class EvaluateConfig(BaseModel):
     precision: Literal["bf16", "fp32"] = "bf16"
     threads: int | None = Field(None, ge=1, description="CPU threads")
     output: Path | None = Field(None, description="JSON file to write")
+    served: bool = Field(
+        False, description="answer the prompts again with vLLM instead of replaying"
+    )
+    concurrency: int = Field(1, ge=1, description="served: requests at a time")
+    kv_cache_gib: float = Field(2.0, gt=0, description="served: the KV cache in GiB")
