@@ -85,6 +85,9 @@ class TrainConfig(BaseModel):
     )
     compile_loss: bool = Field(False, description="torch.compile the loss")
     threads: int | None = Field(None, ge=1, description="CPU threads")
+    max_minutes: float | None = Field(
+        None, gt=0, description="stop after so long; the same command goes on"
+    )
     log_every: int = Field(20, ge=1)
     evaluate_every: int = Field(250, ge=1)
     save_every: int = Field(250, ge=1)

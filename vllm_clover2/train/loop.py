@@ -304,21 +304,32 @@ class Trainer:
             )
 
     def run(self) -> Path:
-        """Train to `config.steps`; returns the folder of the finished head."""
-        config = self.config
+        """Train to `config.steps`, or for `config.max_minutes`; the head's folder."""
+        if self.accelerator.is_main_process:
+            self._record()
+        self.resume()
+        self._train()
+        if self.accelerator.is_main_process:
+            self.run_directory.plot()
+        return self.run_directory.head
+
+    def _record(self) -> None:
+        """Write down what this run is, in its folder and in its head."""
         data = {
             "answers_sha256": self.answers.fingerprint,
             "num_answers": len(self.answers),
             "num_train": len(self.train_indices),
             "num_validation": len(self.val_indices),
         }
-        if self.accelerator.is_main_process:
-            record = self.run_directory.record(config.model_dump(mode="json"), data)
-            coverage = {"draft_vocab_coverage": round(self.coverage, 4)}
-            self.draft.config.training = record | coverage
-            if self.average is not None:
-                self.average.module.config = self.draft.config
-        self.resume()
+        settings = self.config.model_dump(mode="json")
+        record = self.run_directory.record(settings, data)
+        coverage = {"draft_vocab_coverage": round(self.coverage, 4)}
+        self.draft.config.training = record | coverage
+        if self.average is not None:
+            self.average.module.config = self.draft.config
+
+    def _train(self) -> None:
+        config = self.config
         columns = (*Progress.get_default_columns()[:3], TimeRemainingColumn())
         with Progress(
             *columns,
@@ -328,25 +339,35 @@ class Trainer:
             task = progress.add_task(
                 "training", total=config.steps, completed=self.step, status=""
             )
-            started = time.monotonic()
+            begun = started = time.monotonic()
             for epoch, batch in self._batches_from(self.step):
                 if self.step >= config.steps:
                     break
                 logged = (self.step + 1) % config.log_every == 0
                 result = self._train_step(batch, count_agreed=logged)
                 self.step += 1
-                status = ""
+                progress.update(task, completed=self.step)
                 if logged:
                     seconds = (time.monotonic() - started) / config.log_every
                     status = self._log(result, epoch, seconds)
+                    progress.update(task, status=status)
                     started = time.monotonic()
                 self._periodic()
-                progress.update(
-                    task, completed=self.step, **({"status": status} if status else {})
-                )
-        if self.accelerator.is_main_process:
-            self.run_directory.plot()
-        return self.run_directory.head
+                if logged and self.step < config.steps and self._out_of_time(begun):
+                    self.save()
+                    self.accelerator.print(
+                        f"stopped after step {self.step} of {config.steps}; the same "
+                        "command goes on from there"
+                    )
+                    break
+
+    def _out_of_time(self, begun: float) -> bool:
+        """Whether any process has trained for `max_minutes`: all stop together."""
+        if self.config.max_minutes is None:
+            return False
+        over = time.monotonic() - begun > 60 * self.config.max_minutes
+        votes = torch.tensor(float(over), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(votes) > 0)
 
     def _periodic(self) -> None:
         """Checkpoint and validate when due, and always after the last step."""

@@ -35,6 +35,7 @@ _FREE_SETTINGS = frozenset(
         "attention",
         "compile_loss",
         "threads",
+        "max_minutes",
         "log_every",
         "evaluate_every",
         "save_every",

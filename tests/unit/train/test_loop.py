@@ -92,6 +92,22 @@ def test_resuming_inside_an_epoch_gives_the_same_weights(
         assert torch.equal(tensor, expected[name]), name
 
 
+def test_a_run_in_several_pieces_of_time_gives_the_same_weights(
+    tiny_config: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = changed(tiny_config, output=tiny_config.output / "whole")
+    train(whole)
+    pieces = changed(whole, output=tiny_config.output / "pieces", max_minutes=1e-6)
+    for step in (4, 8, 12):  # logged steps: time is looked at there
+        train(pieces)
+        assert Trainer(pieces).run_directory.latest().name == f"step-{step:07d}"
+    assert "stopped after step 8 of 12" in capsys.readouterr().out
+
+    expected = load_head(whole.output / "head").state_dict()
+    for name, tensor in load_head(pieces.output / "head").state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
 def stop_at(trainer: Trainer, step: int, log: object) -> object:
     """A `_log` that interrupts the run, as a user would."""
 

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the size of a head's draft vocabulary costs and yields.
+
+    python examples/draft_vocabulary.py --answers FILE --held-out FILE
+
+A draft scores only the most frequent tokens of the target's answers. Which ones is no
+part of the training's result: this script gives one head other sizes, counts what they
+cover, replays the held-out greedy answers and times the growth of a tree.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from vllm_clover2.model import Clover2Model
+from vllm_clover2.model.weights import load_head
+from vllm_clover2.train.architectures import ARCHITECTURES
+from vllm_clover2.train.clover2 import HeadDraft
+from vllm_clover2.train.data import AnswerSet, read_answers
+from vllm_clover2.train.evaluate import evaluate_head
+from vllm_clover2.train.hidden import Target
+from vllm_clover2.train.loop import frequent_tokens
+from vllm_clover2.tree import DynamicTree, grow_dynamic
+
+HERE = Path(__file__).parent
+TREES = ["paper", "dynamic:60"]
+REPEATS = 30
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    option = parser.add_argument
+    option("--target", default="build/SmolLM2-135M-Instruct")
+    option("--head", type=Path, default=HERE / "heads" / "smollm2-135m-instruct")
+    option("--answers", type=Path, required=True, help="to count tokens in")
+    option("--held-out", type=Path, required=True, help="greedy, to measure on")
+    option("--sizes", type=int, nargs="+", default=[4096, 8192, 12288, 16384, 49152])
+    return parser.parse_args()
+
+
+def output_counts(answers: AnswerSet, vocab_size: int) -> np.ndarray:
+    """[vocab_size] int64: how often each id occurs in the outputs."""
+    return answers.output_counts(vocab_size, np.arange(len(answers)))
+
+
+@torch.inference_mode()
+def growth_milliseconds(model: Clover2Model, lm_head: torch.Tensor) -> float:
+    """Median time of growing one request's dynamic tree of 25 nodes."""
+    draft, tree = HeadDraft(model, lm_head), DynamicTree(25)
+    hidden = torch.randn(1, model.config.hidden_size, dtype=lm_head.dtype)
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        grow_dynamic(draft, hidden, tree)
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def main() -> None:
+    """Print a row per size."""
+    args = parse_args()
+    dtype = torch.bfloat16
+    target = Target.load(args.target, dtype, torch.device("cpu"))
+    vocab_size = target.config.vocab_size
+    counts = output_counts(read_answers(args.answers, vocab_size), vocab_size)
+    held_out = read_answers(args.held_out, vocab_size)
+    held_counts = output_counts(held_out, vocab_size)
+    model = load_head(args.head, dtype).eval()
+    table = Table(title=f"Draft vocabularies of {args.head.name}")
+    for column in ("size", "covered", "held out", *TREES, "ms to grow 25 nodes"):
+        table.add_column(column, justify="right")
+    for size in args.sizes:
+        ids = frequent_tokens(counts, size)
+        model.draft_vocab_ids = ids
+        accepted = evaluate_head(
+            model,
+            ARCHITECTURES["clover2"],
+            target,
+            held_out,
+            np.arange(len(held_out)),
+            TREES,
+        )
+        table.add_row(
+            f"{size:,}",
+            *(f"{c[ids].sum() / c.sum():.1%}" for c in (counts, held_counts)),
+            *(f"{accepted[tree]['accepted_per_step']:.3f}" for tree in TREES),
+            f"{growth_milliseconds(model, target.lm_head):.1f}",
+        )
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()
