@@ -97,7 +97,7 @@ class BruteForce:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("ids", [None, [*range(3, 43)]], ids=["whole", "reduced"])
-@pytest.mark.parametrize("tree", ["chain:4", "paper", "dynamic:14:4"])
+@pytest.mark.parametrize("tree", ["chain:4", "paper", "dynamic:60:4"])
 def test_trees_equal_brute_force_over_paths(
     tiny_target: Path, tiny_answers: Path, ids: list[int] | None, tree: str
 ) -> None:
