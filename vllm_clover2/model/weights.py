@@ -5,11 +5,13 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PretrainedConfig
 
 from vllm_clover2.model.clover2 import Clover2Model
 from vllm_clover2.model.config import REFERENCE_ROPE_THETA, Clover2Config
@@ -19,10 +21,14 @@ __all__ = [
     "from_reference",
     "load_head",
     "load_state_dict_file",
+    "read_model",
     "save_head",
+    "write_model",
 ]
 
 WEIGHTS_NAME = "model.safetensors"
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 # Reference module -> ours.  Both RABs have the same children.
 _REFERENCE_MODULES = {
@@ -55,10 +61,16 @@ class ConversionReport:
 
 
 def save_head(model: Clover2Model, folder: Path, dtype: torch.dtype) -> None:
+    """Write a head in our own format; see `write_model`."""
+    write_model(model, folder, dtype)
+
+
+def write_model(model: Any, folder: Path, dtype: torch.dtype) -> None:
     """Write `config.json` and `model.safetensors`, each replaced atomically.
 
-    Floating-point tensors are stored as `dtype`.  When writing fails (a full
-    disk, say) the files that were there before stay as they were.
+    `model` is a module with a Hugging Face `config`. Floating-point tensors are
+    stored as `dtype`.  When writing fails (a full disk, say) the files that were
+    there before stay as they were.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -100,19 +112,27 @@ def load_state_dict_file(path: Path) -> dict[str, torch.Tensor]:
 
 def load_head(folder: Path, dtype: torch.dtype = torch.float32) -> Clover2Model:
     """Read a head in our own format; every tensor must be there and fit."""
+    return read_model(folder, Clover2Config, Clover2Model).to(dtype)
+
+
+def read_model(
+    folder: Path, config_class: type[PretrainedConfig], model_class: type[_Model]
+) -> _Model:
+    """A draft that `write_model` wrote; every tensor must be there and fit."""
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder} is no draft head: it has no config.json. Expected a folder "
             "with config.json and model.safetensors"
         )
-    config = Clover2Config.from_pretrained(folder)
-    model = Clover2Model(config)
+    config = config_class.from_pretrained(folder)
+    model = model_class(config)
     _load_checked(model, load_state_dict_file(folder / WEIGHTS_NAME), str(folder))
-    return model.to(dtype)
+    _check_draft_vocab(model.draft_vocab_ids, config.vocab_size, str(folder))
+    return model
 
 
 def _load_checked(
-    model: Clover2Model, state: dict[str, torch.Tensor], source: str
+    model: nn.Module, state: dict[str, torch.Tensor], source: str
 ) -> None:
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in state.items()}
@@ -134,17 +154,21 @@ def _load_checked(
     ]
     if broken:
         raise ValueError(f"{source} has NaN or infinite weights in {broken[:5]}")
-    ids = state.get("draft_vocab_ids")
+    model.load_state_dict(state)
+
+
+def _check_draft_vocab(
+    ids: torch.Tensor | None,  # [draft_vocab_size] int64
+    vocab_size: int,
+    source: str,
+) -> None:
     if ids is not None and not (
-        bool((ids.diff() > 0).all())
-        and int(ids[0]) >= 0
-        and int(ids[-1]) < model.config.vocab_size
+        bool((ids.diff() > 0).all()) and int(ids[0]) >= 0 and int(ids[-1]) < vocab_size
     ):
         raise ValueError(
             f"draft_vocab_ids of {source} must be ascending ids below the vocabulary "
-            f"size {model.config.vocab_size}"
+            f"size {vocab_size}"
         )
-    model.load_state_dict(state)
 
 
 def from_reference(

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from vllm_clover2.model.eagle1 import load_eagle1, save_eagle1
 from vllm_clover2.model.weights import load_head, save_head
 from vllm_clover2.train.clover2 import (
     Clover2Replay,
@@ -19,6 +20,7 @@ from vllm_clover2.train.clover2 import (
 )
 from vllm_clover2.train.config import TrainConfig
 from vllm_clover2.train.data import Batch
+from vllm_clover2.train.eagle1 import Eagle1Replay, TrainableEagle1, new_eagle1
 from vllm_clover2.train.hidden import Target, TargetStates
 from vllm_clover2.tree.growth import Draft
 
@@ -64,6 +66,14 @@ ARCHITECTURES = {
         save=save_head,
         load=load_head,
         replay=Clover2Replay,
+    ),
+    "eagle1": Architecture(
+        new=new_eagle1,
+        trainable=TrainableEagle1,
+        embeddings=lambda target: target.embeddings,
+        save=save_eagle1,
+        load=load_eagle1,
+        replay=Eagle1Replay,
     ),
 }
 

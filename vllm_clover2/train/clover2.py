@@ -123,10 +123,11 @@ class Clover2Replay:
 
 
 class Gains(NamedTuple):
-    """Scales of the value projections: embeddings are far smaller than states."""
+    """Scales of what takes embeddings in: they are far smaller than states."""
 
     rab1: float  # adds to pre-norm hidden states
     rab2: float  # adds to recurrent states, as large as post-norm hidden states
+    inputs: float  # adds the target's input embeddings to post-norm hidden states
 
 
 def target_fingerprint(target: Target) -> dict[str, object]:
@@ -237,16 +238,17 @@ def measure_gains(
     target: Target,
     input_ids: torch.Tensor,  # [N] int64 of real text
 ) -> Gains:
-    """Gains that bring output embeddings to `_TOKEN_SHARE` of the states' size."""
+    """Gains that bring embeddings to `_TOKEN_SHARE` of the states' size."""
 
     def size(rows: torch.Tensor) -> float:
         # The median: SmolLM2's first token is two hundred times the others.
         return float(rows.float().square().mean(-1).sqrt().median())
 
     hidden = target.pre_norm(input_ids, (len(input_ids),))
-    embeddings = size(target.lm_head[input_ids])
-    scale = _TOKEN_SHARE / embeddings
-    return Gains(size(hidden) * scale, size(target.post_norm(hidden)) * scale)
+    pre, post = size(hidden), size(target.post_norm(hidden))
+    output = _TOKEN_SHARE / size(target.lm_head[input_ids])
+    inputs = _TOKEN_SHARE / size(target.embeddings[input_ids])
+    return Gains(rab1=pre * output, rab2=post * output, inputs=post * inputs)
 
 
 @torch.no_grad()

@@ -62,6 +62,11 @@ class TrainConfig(BaseModel):
     label_mask: bool = Field(
         False, description="skip continuations the target would not choose"
     )
+    feature_noise: float = Field(
+        0.0,
+        ge=0,
+        description="EAGLE-1: add uniform noise up to this size to its input features",
+    )
     on_policy_top_k: int | None = Field(
         None,
         ge=1,
@@ -104,6 +109,19 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 "attention=xformers needs the package xformers, which is not "
                 "installed; install it (CUDA only) or choose sdpa"
+            )
+        if self.architecture == "eagle1" and (
+            self.num_layers != 1 or self.num_draft_steps != 1
+        ):
+            raise ValueError(
+                "EAGLE-1 has one layer and is trained for one step: num_layers and "
+                f"num_draft_steps must be 1, got {self.num_layers} and "
+                f"{self.num_draft_steps}"
+            )
+        if self.feature_noise and self.architecture != "eagle1":
+            raise ValueError(
+                f"feature_noise belongs to architecture eagle1, found "
+                f"{self.architecture}; set it to 0"
             )
         if self.value_weight == 0 and self.prob_weight == 0:
             raise ValueError("value_weight and prob_weight must not both be 0")

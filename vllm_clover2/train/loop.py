@@ -205,8 +205,14 @@ class Trainer:
         if config.on_policy_top_k is not None and not validating:
             after = next_in_text(next_ids, batch.lengths)[rows.label_position]
             on_policy = OnPolicy(self.draft_index[after], config.on_policy_top_k)
+        inputs = states
+        if config.feature_noise and not validating:
+            # The labels stay as they are: only what the draft reads is disturbed.
+            noise = torch.rand_like(states.post_norm).mul_(2).sub_(1)
+            noisy = states.post_norm + config.feature_noise * noise
+            inputs = states._replace(post_norm=noisy)
         outputs = self.model(
-            states,
+            inputs,
             self.architecture.embeddings(self.target)[next_ids],
             Packing(batch.lengths, config.attention == "xformers"),
             rows,

@@ -51,6 +51,7 @@ def make_optimizers(
         [
             {"params": groups[key], "lr": lr * scale, "weight_decay": decay / scale}
             for key, scale in scales.items()
+            if groups[key]  # EAGLE-1 has no blocks
         ],
         betas=(0.9, config.beta2),
         fused=True,
