@@ -7,7 +7,7 @@ target is known to have produced there.  For greedy answers this is what serving
 does, step for step, up to rounding.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,7 +39,7 @@ from vllm_clover2.tree import (
 )
 from vllm_clover2.tree.growth import Draft
 
-__all__ = ["ReplayResult", "evaluate", "evaluate_head", "parse_tree"]
+__all__ = ["ReplayResult", "evaluate", "evaluate_head", "parse_tree", "summarise"]
 
 # Target token of a row whose true continuation is unknown or past the end.
 _NO_TARGET = -2
@@ -97,6 +97,27 @@ class ReplayResult:
         }
 
 
+def summarise(results: Iterable[tuple[str, ReplayResult]]) -> dict[str, object]:
+    """(task, result) of every answer -> the figures of one tree."""
+    totals: dict[str, ReplayResult] = {}
+    overall: ReplayResult | None = None
+    for task, result in results:
+        if not result.steps:
+            continue  # a single token, which the prefill gave
+        totals[task] = totals[task].merge(result) if task in totals else result
+        overall = overall.merge(result) if overall else result
+    if overall is None:
+        raise ValueError(
+            "an answer must have two tokens or more for a step to be counted, found "
+            "none; give longer recorded answers"
+        )
+    by_task = {
+        task: result.summary()["tokens_per_step"]
+        for task, result in sorted(totals.items())
+    }
+    return {**overall.summary(), "by_task": by_task}
+
+
 @torch.inference_mode()
 def _replay(
     batch: Batch,
@@ -141,7 +162,6 @@ def _replay(
     return [
         ReplayResult(int(steps[i]), int(emitted[i]), reached[i], int(nodes[i]))
         for i in range(num_answers)
-        if steps[i]
     ]
 
 
@@ -157,35 +177,17 @@ def evaluate_head(
 ) -> dict[str, dict[str, object]]:
     """Tokens per step and acceptance by depth of each tree, overall and by task."""
     grows = {name: parse_tree(name) for name in trees}
-    totals: dict[str, dict[str, ReplayResult]] = {name: {} for name in trees}
+    results: dict[str, list[tuple[str, ReplayResult]]] = {name: [] for name in trees}
     for chosen in token_budget_batches(answers.lengths, indices, max_tokens, None):
         batch = pack(answers, chosen)
         drafts = architecture.replay(model, target, target.states(batch), batch)
         prompt_lens = torch.from_numpy(answers.prompt_lens[chosen])
         prompt_lens = prompt_lens.to(target.lm_head.device)
-        tasks = [
-            answers.tasks[index]
-            for index in chosen
-            if answers.prompt_lens[index] < answers.lengths[index] - 1
-        ]
+        tasks = [answers.tasks[index] for index in chosen]
         for name, (grow, depth) in grows.items():
-            results = _replay(batch, prompt_lens, drafts, grow, depth)
-            for task, result in zip(tasks, results, strict=True):
-                for key in ("all", task):
-                    before = totals[name].get(key)
-                    totals[name][key] = before.merge(result) if before else result
-    return {
-        name: {
-            **by_task["all"].summary(),
-            "by_task": {
-                task: result.summary()["tokens_per_step"]
-                for task, result in sorted(by_task.items())
-                if task != "all"
-            },
-        }
-        for name, by_task in totals.items()
-        if by_task
-    }
+            replayed = _replay(batch, prompt_lens, drafts, grow, depth)
+            results[name].extend(zip(tasks, replayed, strict=True))
+    return {name: summarise(found) for name, found in results.items()}
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from transformers import AutoConfig
 
 from vllm_clover2.train.config import EvaluateConfig
 from vllm_clover2.train.data import AnswerSet, read_answers
-from vllm_clover2.train.evaluate import ReplayResult, parse_tree
+from vllm_clover2.train.evaluate import ReplayResult, parse_tree, summarise
 from vllm_clover2.train.run import write_json
 from vllm_clover2.tree import MAX_ROWS
 from vllm_clover2.tree.options import TreeOptions
@@ -35,7 +35,6 @@ __all__ = [
     "evaluate_served",
     "serve_tree",
     "speculative_config",
-    "summarise",
 ]
 
 _WARM_UP_TOKENS = 16
@@ -116,27 +115,6 @@ def count_steps(
         reached=(np.arange(depth) < paths[:, None]).sum(axis=0),
         nodes=num_nodes,
     )
-
-
-def summarise(results: Iterable[tuple[str, ReplayResult]]) -> dict[str, object]:
-    """(task, result) of every answer -> the figures of one tree, as offline."""
-    totals: dict[str, ReplayResult] = {}
-    overall: ReplayResult | None = None
-    for task, result in results:
-        if not result.steps:
-            continue  # a single token, which the prefill gave
-        totals[task] = totals[task].merge(result) if task in totals else result
-        overall = overall.merge(result) if overall else result
-    if overall is None:
-        raise ValueError(
-            "an answer must have two tokens or more for a step to be counted, found "
-            "none; give longer recorded answers"
-        )
-    by_task = {
-        task: result.summary()["tokens_per_step"]
-        for task, result in sorted(totals.items())
-    }
-    return {**overall.summary(), "by_task": by_task}
 
 
 def serve_tree(config: EvaluateConfig, name: str) -> dict[str, object]:

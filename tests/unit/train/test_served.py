@@ -15,13 +15,12 @@ from vllm_clover2 import cli
 from vllm_clover2.train import evaluate as offline
 from vllm_clover2.train import served
 from vllm_clover2.train.config import EvaluateConfig
-from vllm_clover2.train.evaluate import ReplayResult
+from vllm_clover2.train.evaluate import ReplayResult, summarise
 from vllm_clover2.train.served import (
     count_steps,
     evaluate_served,
     serve_tree,
     speculative_config,
-    summarise,
 )
 
 
