@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import TinyModel, save_target
+from tiny_models import TINY_TRAINING, TinyModel, save_target
 from transformers import LlamaForCausalLM
 
 from vllm_clover2 import cli
@@ -23,7 +23,7 @@ PROMPT_LENGTH = 6
 
 @pytest.fixture(scope="module")
 def predictable_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sharp, mostly bigram model that ends some of its answers."""
+    """A sharp, mostly bigram model with a tokenizer that ends some of its answers."""
     folder = save_target(tmp_path_factory.mktemp("predictable-target"), SHAPE)
     model = LlamaForCausalLM.from_pretrained(folder)
     with torch.no_grad():
@@ -78,16 +78,9 @@ def trained_head(
             target=str(predictable_target),
             answers=recorded,
             output=tmp_path_factory.mktemp("run"),
-            num_layers=1,
-            num_draft_steps=3,
             draft_vocab_size=256,
             steps=80,
-            max_tokens=512,
-            learning_rate=3e-3,
-            warmup_steps=2,
-            value_weight=1.0,
-            validation_fraction=0.2,
-            precision="fp32",
+            **(TINY_TRAINING | {"max_tokens": 512}),
         )
     )
     save_head(load_head(folder), folder, torch.float32)

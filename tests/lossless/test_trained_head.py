@@ -5,11 +5,10 @@ import json
 import random
 from pathlib import Path
 
-import torch
 from accelerate.state import AcceleratorState
 from engines import EnginePool, Output, Request, assert_same
 from planting import CommitSpy
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import TINY_TRAINING, save_predictable_target
 
 from vllm_clover2.train.config import TrainConfig
 from vllm_clover2.train.loop import train
@@ -17,28 +16,6 @@ from vllm_clover2.train.loop import train
 VOCAB = 48
 # By trees of 8 nodes; an untrained head has 0.0.
 ACCEPTED_FLOOR = 1.0
-
-
-def save_predictable_target(folder: Path) -> Path:
-    """A random 2-layer Llama whose strong embeddings make its text easy to learn."""
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.get_input_embeddings().weight.normal_(std=0.5)
-        model.get_output_embeddings().weight.normal_(std=0.5)
-    model.save_pretrained(folder)
-    return folder
 
 
 def save_answers(path: Path, requests: list[Request], outputs: list[Output]) -> Path:
@@ -52,7 +29,10 @@ def save_answers(path: Path, requests: list[Request], outputs: list[Output]) -> 
 def test_training_ends_in_a_head_that_serves(
     engines: EnginePool, tmp_path: Path, commits: CommitSpy
 ) -> None:
-    target = save_predictable_target(tmp_path / "target")
+    # Heads of 32, the smallest that vLLM's CPU attention has.
+    target = save_predictable_target(
+        tmp_path / "target", hidden_size=64, num_heads=2, num_kv_heads=1
+    )
     rng = random.Random(4)
     requests = [
         Request(tuple(rng.randrange(VOCAB) for _ in range(6)), {"max_tokens": 24})
@@ -67,16 +47,9 @@ def test_training_ends_in_a_head_that_serves(
             target=str(target),
             answers=save_answers(tmp_path / "a.jsonl", requests[:seen], expected),
             output=tmp_path / "run",
-            num_layers=1,
-            num_draft_steps=3,
             draft_vocab_size=40,
             steps=200,
-            max_tokens=256,
-            learning_rate=3e-3,
-            warmup_steps=2,
-            value_weight=1.0,
-            validation_fraction=0.2,
-            precision="fp32",
+            **TINY_TRAINING,
         )
     )
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -7,6 +7,7 @@ the whole context: a wrong position, mask or KV entry changes the text within to
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -21,6 +22,19 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
+
+
+# Settings of training runs that take seconds.
+TINY_TRAINING: dict[str, Any] = {
+    "num_layers": 1,
+    "num_draft_steps": 3,
+    "max_tokens": 256,
+    "learning_rate": 3e-3,
+    "warmup_steps": 2,
+    "value_weight": 1.0,
+    "validation_fraction": 0.2,
+    "precision": "fp32",
+}
 
 
 @dataclass(frozen=True)
@@ -62,6 +76,34 @@ def save_target(
     model.save_pretrained(folder)
     if shape.vocab_size >= 300:  # all bytes and a few merges
         _tokenizer(shape.vocab_size).save_pretrained(folder)
+    return folder
+
+
+def save_predictable_target(
+    folder: Path, hidden_size: int, num_heads: int, num_kv_heads: int
+) -> Path:
+    """Write a Llama of 48 tokens whose text can be learned from a hundred answers.
+
+    Strong embeddings make it sharp, and mostly a bigram model. It has no tokenizer.
+    """
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=48,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.normal_(std=0.5)
+        model.get_output_embeddings().weight.normal_(std=0.5)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import TINY_TRAINING, save_predictable_target
+from transformers import LlamaForCausalLM
 
 from vllm_clover2.train.config import TrainConfig
 
@@ -18,27 +19,12 @@ NUM_ANSWERS = 160
 
 @pytest.fixture(scope="session")
 def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
+    return save_predictable_target(
+        tmp_path_factory.mktemp("tiny-target"),
         hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        eos_token_id=None,
+        num_heads=4,
+        num_kv_heads=2,
     )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        # Strong embeddings make a sharp, mostly bigram model: something that a
-        # draft can learn from a hundred answers.
-        model.get_input_embeddings().weight.normal_(std=0.5)
-        model.get_output_embeddings().weight.normal_(std=0.5)
-    folder = tmp_path_factory.mktemp("tiny-target")
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -81,16 +67,9 @@ def tiny_config(tiny_target: Path, tiny_answers: Path, tmp_path: Path) -> TrainC
         target=str(tiny_target),
         answers=tiny_answers,
         output=tmp_path / "run",
-        num_layers=1,
-        num_draft_steps=3,
         steps=12,
-        max_tokens=256,
-        learning_rate=3e-3,
-        warmup_steps=2,
-        value_weight=1.0,
-        validation_fraction=0.2,
-        precision="fp32",
         log_every=4,
         evaluate_every=100,
         save_every=100,
+        **TINY_TRAINING,
     )

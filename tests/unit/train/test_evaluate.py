@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_models import TINY_TRAINING
 
 from vllm_clover2.model import Clover2Model
 from vllm_clover2.model.weights import load_head, save_head
@@ -35,16 +36,9 @@ def head_folder(
             target=str(tiny_target),
             answers=tiny_answers,
             output=tmp_path_factory.mktemp("run"),
-            num_layers=1,
-            num_draft_steps=3,
             draft_vocab_size=40,
             steps=80,
-            max_tokens=256,
-            learning_rate=3e-3,
-            warmup_steps=2,
-            value_weight=1.0,
-            validation_fraction=0.2,
-            precision="fp32",
+            **TINY_TRAINING,
         )
     )
 

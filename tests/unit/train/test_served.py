@@ -207,7 +207,7 @@ def test_recorded_prompts_are_answered_by_the_engine(
     assert engine.options == {
         "model": config.target,
         "dtype": "bfloat16",
-        "max_model_len": 128,  # the target's own limit
+        "max_model_len": 512,  # the target's own limit
         "max_num_seqs": 3,
         "kv_cache_memory_bytes": 2**29,
         "speculative_config": speculative_config(config.head, "chain:2"),
