@@ -84,6 +84,7 @@ class Trainer:
 
     def _build_draft(self) -> None:
         config, target = self.config, self.target
+        self.started_from: dict[str, Any] | None = None  # record of an earlier run
         gains = None
         if config.init_recurrence == "scaled":
             sample = torch.from_numpy(self.answers.tokens[:256].astype(np.int64))
@@ -96,6 +97,7 @@ class Trainer:
                 config.start_from, torch.float32, target
             )
             self._check_start(draft)
+            self.started_from = draft.config.training
             self.draft: Any = draft.train()
         else:
             self.architecture = ARCHITECTURES[config.architecture]
@@ -330,6 +332,8 @@ class Trainer:
         settings = self.config.model_dump(mode="json")
         record = self.run_directory.record(settings, data)
         coverage = {"draft_vocab_coverage": round(self.coverage, 4)}
+        if self.started_from is not None:
+            record["started_from"] = self.started_from
         self.draft.config.training = record | coverage
         if self.average is not None:
             self.average.module.config = self.draft.config

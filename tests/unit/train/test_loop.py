@@ -276,6 +276,7 @@ def test_training_goes_on_from_a_head(tiny_config: TrainConfig, tmp_path: Path) 
     for name, tensor in load_head(first).state_dict().items():
         # Written in bf16, read, moved by next to nothing, written again.
         assert torch.equal(head.state_dict()[name], tensor), name
+    assert head.config.training["started_from"]["settings"]["steps"] == 60
     with pytest.raises(ValueError, match="num_layers must be that of start_from, 1"):
         Trainer(changed(further, num_layers=2, output=tmp_path / "other"))
 
