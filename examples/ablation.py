@@ -51,7 +51,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "the original's weights": {"value_weight": 10.0, "step_decay": 0.7},
     "the original's start": {"init_recurrence": "reference"},
 }
-TREES = ["chain:3", "paper", "dynamic:60"]
 
 
 def parse_args() -> argparse.Namespace:
@@ -68,6 +67,7 @@ def parse_args() -> argparse.Namespace:
     option("--steps", type=int, default=100)
     option("--seeds", type=int, nargs="+", default=[0, 1])
     option("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    option("--trees", nargs="+", default=["chain:3", "paper", "dynamic:60"])
     option("--hidden-cache", type=Path, help="of the target's states, for all runs")
     option("--threads", type=int)
     return parser.parse_args()
@@ -100,14 +100,14 @@ def run(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
             target=args.target,
             head=head,
             answers=args.held_out,
-            trees=TREES,
+            trees=args.trees,
             threads=args.threads,
         )
     )
     validation = json.loads((folder / "metrics.json").read_text())[-1]
     result = {
         "cross_entropy": validation["ploss"][0],
-        "accepted": {tree: replayed[tree]["accepted_per_step"] for tree in TREES},
+        "accepted": {tree: replayed[tree]["accepted_per_step"] for tree in args.trees},
         "seconds": seconds,
     }
     result_path.write_text(json.dumps(result, indent=1))
@@ -125,7 +125,7 @@ def mean_and_error(values: list[float]) -> str:
 def main() -> None:
     """Run all variants, then print the table."""
     args = parse_args()
-    columns = ("cross entropy, step 1", *(f"accepted, {tree}" for tree in TREES))
+    columns = ("cross entropy, step 1", *(f"accepted, {tree}" for tree in args.trees))
     table = Table(title=f"{args.steps} steps, seeds {args.seeds}")
     table.add_column("variant")
     for column in (*columns, "seconds"):
@@ -133,7 +133,7 @@ def main() -> None:
     for variant in args.variants:
         results = [run(args, variant, seed) for seed in args.seeds]
         figures = [[result["cross_entropy"] for result in results]]
-        figures += [[result["accepted"][tree] for result in results] for tree in TREES]
+        figures += [[result["accepted"][tree] for result in results] for tree in args.trees]
         seconds = statistics.median(result["seconds"] for result in results)
         table.add_row(variant, *map(mean_and_error, figures), f"{seconds:.0f}")
     Console(width=110).print(table)
