@@ -133,7 +133,9 @@ def main() -> None:
     for variant in args.variants:
         results = [run(args, variant, seed) for seed in args.seeds]
         figures = [[result["cross_entropy"] for result in results]]
-        figures += [[result["accepted"][tree] for result in results] for tree in args.trees]
+        figures += [
+            [result["accepted"][tree] for result in results] for tree in args.trees
+        ]
         seconds = statistics.median(result["seconds"] for result in results)
         table.add_row(variant, *map(mean_and_error, figures), f"{seconds:.0f}")
     Console(width=110).print(table)
