@@ -39,8 +39,8 @@ BASE: dict[str, Any] = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
-    # The best of eight starts, rates and weights, by cross entropy after 60 steps. What
-    # helps Clover-2 most, the target's first layers, hurts it: it has no norms to fit.
+    # Close to the best of eight tried for 60 steps: the target's first layers, which
+    # help Clover-2, hurt it.
     "EAGLE-1": {
         "architecture": "eagle1",
         "num_layers": 1,
