@@ -99,6 +99,8 @@ class Trainer:
             self._check_start(draft)
             self.started_from = draft.config.training
             self.draft: Any = draft.train()
+            if config.architecture == "clover2":  # how deep it is trained from now on
+                self.draft.config.num_draft_steps = config.num_draft_steps
         else:
             self.architecture = ARCHITECTURES[config.architecture]
             ids = None

@@ -272,7 +272,9 @@ def test_training_goes_on_from_a_head(tiny_config: TrainConfig, tmp_path: Path) 
     first = train(config)
     further = changed(config, steps=1, warmup_steps=0, learning_rate=1e-9)
     further = changed(further, output=tmp_path / "further", start_from=first)
+    further = changed(further, num_draft_steps=2)
     head = load_head(train(further))
+    assert head.config.num_draft_steps == 2
     for name, tensor in load_head(first).state_dict().items():
         # Written in bf16, read, moved by next to nothing, written again.
         assert torch.equal(head.state_dict()[name], tensor), name
