@@ -19,6 +19,7 @@ from vllm_clover2.train.losses import LossRows
 
 __all__ = [
     "Clover2Replay",
+    "DraftVocabulary",
     "Gains",
     "HeadDraft",
     "TrainableClover2",
@@ -65,19 +66,34 @@ class TrainableClover2(nn.Module):
         return torch.stack(outputs)
 
 
-class HeadDraft:
+class DraftVocabulary:
+    """The target's tokens that an offline draft scores."""
+
+    def __init__(
+        self,
+        output: torch.Tensor,  # [Vd, H] their rows of the lm_head
+        ids: torch.Tensor | None,  # [Vd] int64, None = the whole vocabulary
+    ) -> None:
+        self._output = output
+        self._ids = ids
+
+    def _log_probs(self, out: torch.Tensor) -> torch.Tensor:
+        """[..., H] -> [..., Vd] float32."""
+        logits = out @ self._output.T
+        return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+
+    def token_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
+        return draft_ids if self._ids is None else self._ids[draft_ids]
+
+
+class HeadDraft(DraftVocabulary):
     """A plain Clover-2 model as the draft that trees are grown from."""
 
     def __init__(self, model: Clover2Model, lm_head: torch.Tensor) -> None:
         ids = model.draft_vocab_ids
+        super().__init__(lm_head if ids is None else lm_head[ids], ids)
         self._recurrent = model.recurrent
         self._embeddings = lm_head  # [V, H]
-        self._output = lm_head if ids is None else lm_head[ids]  # [Vd, H]
-        self._ids = ids
-
-    def _log_probs(self, out: torch.Tensor) -> torch.Tensor:
-        logits = out @ self._output.T
-        return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
 
     def first(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return hidden, self._log_probs(self._recurrent.first(hidden))
@@ -87,9 +103,6 @@ class HeadDraft:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         state, out = self._recurrent.advance(state, self._embeddings[tokens])
         return state, self._log_probs(out)
-
-    def token_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
-        return draft_ids if self._ids is None else self._ids[draft_ids]
 
 
 class Clover2Replay:

@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vllm_clover2.model.eagle1 import Eagle1Config, Eagle1Model
 from vllm_clover2.model.llama import DraftCache, Packing, Positions
 from vllm_clover2.train.clover2 import (
+    DraftVocabulary,
     Gains,
     rope_theta,
     start_layers,
@@ -83,7 +84,7 @@ class TrainableEagle1(nn.Module):
         return outputs[None, rows.position]
 
 
-class Eagle1Draft:
+class Eagle1Draft(DraftVocabulary):
     """An EAGLE-1 head as the draft that one tree per request is grown from.
 
     A node attends to the text up to its root, whose keys and values lie here, and to
@@ -99,15 +100,11 @@ class Eagle1Draft:
         prefix: tuple[torch.Tensor, torch.Tensor],  # keys and values [B, KV, S, D]
         roots: torch.Tensor,  # [B] int64, how many of the S positions count
     ) -> None:
+        super().__init__(lm_head, model.draft_vocab_ids)
         self._model = model
         self._embeddings = embeddings
-        self._lm_head = lm_head
         self._keys, self._values = prefix
         self._roots = roots
-
-    def _log_probs(self, out: torch.Tensor) -> torch.Tensor:
-        logits = out @ self._lm_head.T
-        return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
 
     def first(
         self,
@@ -121,7 +118,7 @@ class Eagle1Draft:
         tokens: torch.Tensor,  # [M] int64, M / B rows of each request in order
     ) -> tuple[torch.Tensor, torch.Tensor]:  # one level wider, [M, Vd] float32
         requests, kv_heads, _, head_dim = self._keys.shape
-        hidden = self._lm_head.shape[1]
+        hidden = self._output.shape[1]
         rows = len(tokens) // requests
         feature = state[:, :hidden].view(requests, rows, hidden)
         # [2, B, KV, rows * levels, D]
@@ -152,10 +149,6 @@ class Eagle1Draft:
         ancestors = itself.repeat_interleave(levels, dim=1)
         tree = torch.cat([ancestors, itself], dim=1).expand(len(text), -1, -1)
         return torch.cat([text, tree], dim=2)[:, None]
-
-    def token_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
-        ids = self._model.draft_vocab_ids
-        return draft_ids if ids is None else ids[draft_ids]
 
 
 class Eagle1Replay:

@@ -142,9 +142,12 @@ class Trainer:
                 f"start_from {self.config.start_from} is no {self.config.architecture} "
                 "head; set architecture accordingly"
             )
-        for key in ("num_hidden_layers", "draft_vocab_size"):
-            setting = {"num_hidden_layers": "num_layers"}.get(key, key)
-            found, wanted = getattr(draft.config, key), getattr(self.config, setting)
+        shape = draft.config
+        for setting, found in (
+            ("num_layers", shape.num_hidden_layers),
+            ("draft_vocab_size", shape.draft_vocab_size),
+        ):
+            wanted = getattr(self.config, setting)
             if found != wanted:
                 raise ValueError(
                     f"{setting} must be that of start_from, {found}, found {wanted}"
