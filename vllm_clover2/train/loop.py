@@ -419,5 +419,15 @@ class Trainer:
 
 
 def train(config: TrainConfig) -> Path:
-    """Train a draft head; returns the folder that holds it."""
-    return Trainer(config).run()
+    """Train a draft head; returns the folder that holds it.
+
+    Under torchrun this also leaves the process group, so it is a process's last work.
+    """
+    trainer = Trainer(config)
+    try:
+        head = trainer.run()
+        trainer.accelerator.wait_for_everyone()
+    finally:
+        # A process that ends while its group's threads run may be aborted.
+        trainer.accelerator.end_training()
+    return head

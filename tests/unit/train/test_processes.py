@@ -8,9 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import torch.distributed as dist
 
 from vllm_clover2.model.weights import load_head
 from vllm_clover2.train.config import TrainConfig
+from vllm_clover2.train.loop import train
 
 
 def launch(config: TrainConfig) -> None:
@@ -47,3 +49,23 @@ def test_two_processes_train_one_head_and_resume(tiny_config: TrainConfig) -> No
     assert len(record["earlier_commands"]) == 1
     names = sorted(path.name for path in (config.output / "checkpoints").iterdir())
     assert names[-1] == "step-0000082"
+
+
+def test_training_leaves_the_process_group(tiny_config: TrainConfig) -> None:
+    """Else a process may abort at its end, and torchrun then stops the others."""
+    settings = tiny_config.model_dump(exclude_unset=True)
+    settings |= {"steps": 2, "warmup_steps": 0}
+
+    def join_group(name: str) -> None:
+        store = tiny_config.output.parent / name
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=0, world_size=1
+        )
+
+    join_group("finished")
+    train(TrainConfig(**settings))
+    assert not dist.is_initialized()
+    join_group("refused")
+    with pytest.raises(ValueError, match="seed"):
+        train(TrainConfig(**settings | {"seed": 7}))
+    assert not dist.is_initialized()
