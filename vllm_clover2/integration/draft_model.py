@@ -7,6 +7,7 @@ KV, is small, and is the same plain-PyTorch module that training uses, replicate
 every rank. Embeddings and output head are rows of the target's ``lm_head``.
 """
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +20,7 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.llama import LlamaDecoderLayer
 from vllm.model_executor.models.utils import (
@@ -29,7 +31,7 @@ from vllm.model_executor.models.utils import (
 
 from vllm_clover2.model.clover2 import Clover2Model
 from vllm_clover2.model.config import Clover2Config
-from vllm_clover2.model.layers import RecurrentHead, RegressiveAttentionBlock
+from vllm_clover2.model.layers import Product, RecurrentHead, RegressiveAttentionBlock
 
 
 @support_torch_compile
@@ -108,7 +110,7 @@ class Clover2DraftModel(nn.Module):
             ids = torch.zeros(size, dtype=torch.int64)
             self.draft_vocab_ids = nn.Parameter(ids, requires_grad=False)
         self._embeddings: VocabParallelEmbedding
-        self._output_weight: torch.Tensor | None = None
+        self._output: Product | None = None  # with a reduced draft vocabulary
         self._full_logits = LogitsProcessor(self.config.vocab_size)
 
     def _recurrent_dtype(self, target_dtype: torch.dtype) -> torch.dtype:
@@ -141,7 +143,7 @@ class Clover2DraftModel(nn.Module):
         self._embeddings = lm_head
         if self.draft_vocab_ids is not None:
             weight = self.embed(self.draft_vocab_ids)
-            self._output_weight = weight.to(self.recurrent.norm.weight.dtype)
+            self._output = _product(weight.to(self.recurrent.norm.weight.dtype), None)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """``lm_head`` rows of target ids [n] -> [n, hidden], on every rank."""
@@ -183,10 +185,10 @@ class Clover2DraftModel(nn.Module):
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[n, hidden] -> logits over the draft's vocabulary [n, draft_vocab]."""
-        if self._output_weight is None:
+        if self._output is None:
             weight_dtype = self._embeddings.weight.dtype
             return self._full_logits(self._embeddings, hidden_states.to(weight_dtype))
-        return F.linear(hidden_states, self._output_weight)
+        return self._output(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load every tensor of a head in our own format.
@@ -208,12 +210,27 @@ class Clover2DraftModel(nn.Module):
                 f"{len(missing)} are missing: {', '.join(missing[:5])}. Export the "
                 f"head again, or convert it with 'vllm-clover2 convert'."
             )
-        self.recurrent.fuse()
+        self.recurrent.fuse(_product)
         return loaded
 
     def _log_probs(self, output: torch.Tensor) -> torch.Tensor:
         logits = self.compute_logits(output)
         return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+
+
+def _product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+    """``weight`` [out, in] as the quickest constant factor that vLLM has.
+
+    On CPU that is a packed one. PyTorch's own product packs the weight anew in every
+    call, which for the few rows of a growing tree takes as long as multiplying.
+    """
+    if weight.device.type != "cpu":
+        return functools.partial(F.linear, weight=weight, bias=bias)
+    layer: Any = nn.Module()
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    return lambda x: layer.cpu_linear(x, layer.weight, layer.bias)
 
 
 def draft_config(vllm_config: VllmConfig) -> Clover2Config:

@@ -4,13 +4,18 @@
 Everything here is row-wise: no attention across positions, no cache.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["RMSNorm", "RecurrentHead", "RegressiveAttentionBlock"]
+__all__ = ["Product", "RMSNorm", "RecurrentHead", "RegressiveAttentionBlock"]
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+"""x [..., in] -> x W^T + b [..., out] with weights that do not change any more."""
 
 
 class RMSNorm(nn.Module):
@@ -53,16 +58,17 @@ class RegressiveAttentionBlock(nn.Module):
         z: torch.Tensor,  # [..., H] hidden state
         e: torch.Tensor,  # [..., H] embedding of the token that follows
     ) -> torch.Tensor:  # [..., H]
-        return self.combine(z, self.k_proj(e), self.v_proj(e))
+        query = self.q_proj(self.input_layernorm(z))
+        return self.combine(z, query, self.k_proj(e), self.v_proj(e))
 
     def combine(
         self,
         z: torch.Tensor,  # [..., H] hidden state
-        key: torch.Tensor,  # [..., H]
-        value: torch.Tensor,  # [..., H]
+        query: torch.Tensor,  # [..., H] of the state
+        key: torch.Tensor,  # [..., H] of the token
+        value: torch.Tensor,  # [..., H] of the token
     ) -> torch.Tensor:  # [..., H]
-        """The block with the token's key and value already projected."""
-        query = self.q_proj(self.input_layernorm(z))
+        """The block after its projections."""
         heads = (*z.shape[:-1], self.num_heads, -1)
         # cosine_similarity clamps each norm by eps on its own, outside autograd,
         # exactly as the original does.  float32: bf16 sums lose the small cosines.
@@ -85,12 +91,16 @@ class _Readout(nn.Linear):
         return self._norm[0](super().forward(x))
 
 
-class _FusedStep(NamedTuple):
-    """Weights of one step, grouped by what they read."""
+class _Products(NamedTuple):
+    """The products of one step as they are served, grouped by what they read."""
 
-    token_weight: torch.Tensor  # [3H, H]: key, value and token part of `step`
-    token_bias: torch.Tensor  # [3H]
-    state_weight: torch.Tensor  # [H, H]: state part of `step`
+    query: Product  # [M, H] -> [M, H]
+    token: Product  # [M, H] -> [M, 3H]: key, value and token part of `step`
+    state: Product  # [M, H] -> [M, H]: state part of `step`
+
+
+def _plain_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+    return functools.partial(F.linear, weight=weight, bias=bias)
 
 
 class RecurrentHead(nn.Module):
@@ -107,7 +117,7 @@ class RecurrentHead(nn.Module):
         self.rab2 = RegressiveAttentionBlock(hidden_size, num_heads, eps)
         self.first = _Readout(hidden_size, hidden_size, self.norm)  # g [M, H] -> o
         self.step = _Readout(2 * hidden_size, hidden_size, self.norm)
-        self._fused: _FusedStep | None = None
+        self._products: _Products | None = None
 
     def advance(
         self,
@@ -115,13 +125,18 @@ class RecurrentHead(nn.Module):
         e: torch.Tensor,  # [M, H] embeddings of the tokens chosen after them
     ) -> tuple[torch.Tensor, torch.Tensor]:  # next g [M, H], o [M, H]
         """One speculation step."""
-        if self._fused is not None:
-            return self._advance_fused(g, e, self._fused)
+        if self._products is not None:
+            return self._advance_fused(g, e, self._products)
         g = self.rab2(g, e)
         return g, self.step(torch.cat([g, e.to(g.dtype)], dim=-1))
 
-    def fuse(self) -> None:
-        """Serve with three matrix products a step instead of four larger ones.
+    def fuse(
+        self,
+        make_product: Callable[
+            [torch.Tensor, torch.Tensor | None], Product
+        ] = _plain_product,
+    ) -> None:
+        """Serve with fewer matrix products a step, made from weight and bias.
 
         Key, value and the embedding's half of `step` all read `e`, so they
         become one product.  Call after loading; later changes of the weights
@@ -130,17 +145,20 @@ class RecurrentHead(nn.Module):
         hidden_size = self.norm.weight.numel()
         rab2, step = self.rab2, self.step
         token_part = step.weight[:, hidden_size:]
-        self._fused = _FusedStep(
-            torch.cat([rab2.k_proj.weight, rab2.v_proj.weight, token_part]).detach(),
-            torch.cat([rab2.k_proj.bias, rab2.v_proj.bias, step.bias]).detach(),
-            step.weight[:, :hidden_size].detach().contiguous(),
+        token_weight = torch.cat([rab2.k_proj.weight, rab2.v_proj.weight, token_part])
+        token_bias = torch.cat([rab2.k_proj.bias, rab2.v_proj.bias, step.bias])
+        state_weight = step.weight[:, :hidden_size].contiguous()
+        self._products = _Products(
+            query=make_product(rab2.q_proj.weight.detach(), rab2.q_proj.bias.detach()),
+            token=make_product(token_weight.detach(), token_bias.detach()),
+            state=make_product(state_weight.detach(), None),
         )
 
     def _advance_fused(
-        self, g: torch.Tensor, e: torch.Tensor, fused: _FusedStep
+        self, g: torch.Tensor, e: torch.Tensor, products: _Products
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        products = F.linear(e, fused.token_weight, fused.token_bias)
-        key, value, token_part = products.chunk(3, dim=-1)
+        key, value, token_part = products.token(e).chunk(3, dim=-1)
+        query = products.query(self.rab2.input_layernorm(g))
         # chunk() returns strided views, combine() splits them into heads.
-        g = self.rab2.combine(g, key.contiguous(), value.contiguous())
-        return g, self.norm(F.linear(g, fused.state_weight) + token_part)
+        g = self.rab2.combine(g, query, key.contiguous(), value.contiguous())
+        return g, self.norm(products.state(g) + token_part)

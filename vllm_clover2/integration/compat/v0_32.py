@@ -55,6 +55,9 @@ EXPECTED_WORKER = {
     ),
     "vllm.v1.worker.gpu_model_runner:"
     "GPUModelRunner._setup_eagle3_aux_hidden_state_outputs": "self",
+    "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm": (
+        "layer remove_weight"
+    ),
     "vllm.v1.spec_decode.eagle:EagleProposer.__init__": (
         "self vllm_config device runner"
     ),
