@@ -7,12 +7,10 @@ KV, is small, and is the same plain-PyTorch module that training uses, replicate
 every rank. Embeddings and output head are rows of the target's ``lm_head``.
 """
 
-import functools
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
 from transformers import LlamaConfig
@@ -31,7 +29,12 @@ from vllm.model_executor.models.utils import (
 
 from vllm_clover2.model.clover2 import Clover2Model
 from vllm_clover2.model.config import Clover2Config
-from vllm_clover2.model.layers import Product, RecurrentHead, RegressiveAttentionBlock
+from vllm_clover2.model.layers import (
+    Product,
+    RecurrentHead,
+    RegressiveAttentionBlock,
+    plain_product,
+)
 
 
 @support_torch_compile
@@ -143,7 +146,9 @@ class Clover2DraftModel(nn.Module):
         self._embeddings = lm_head
         if self.draft_vocab_ids is not None:
             weight = self.embed(self.draft_vocab_ids)
-            self._output = _product(weight.to(self.recurrent.norm.weight.dtype), None)
+            self._output = serving_product(
+                weight.to(self.recurrent.norm.weight.dtype), None
+            )
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """``lm_head`` rows of target ids [n] -> [n, hidden], on every rank."""
@@ -210,7 +215,7 @@ class Clover2DraftModel(nn.Module):
                 f"{len(missing)} are missing: {', '.join(missing[:5])}. Export the "
                 f"head again, or convert it with 'vllm-clover2 convert'."
             )
-        self.recurrent.fuse(_product)
+        self.recurrent.fuse(serving_product)
         return loaded
 
     def _log_probs(self, output: torch.Tensor) -> torch.Tensor:
@@ -218,14 +223,14 @@ class Clover2DraftModel(nn.Module):
         return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
 
 
-def _product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+def serving_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
     """``weight`` [out, in] as the quickest constant factor that vLLM has.
 
     On CPU that is a packed one. PyTorch's own product packs the weight anew in every
     call, which for the few rows of a growing tree takes as long as multiplying.
     """
     if weight.device.type != "cpu":
-        return functools.partial(F.linear, weight=weight, bias=bias)
+        return plain_product(weight, bias)
     layer: Any = nn.Module()
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)

@@ -12,10 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["Product", "RMSNorm", "RecurrentHead", "RegressiveAttentionBlock"]
+__all__ = [
+    "MakeProduct",
+    "Product",
+    "RMSNorm",
+    "RecurrentHead",
+    "RegressiveAttentionBlock",
+    "plain_product",
+]
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 """x [..., in] -> x W^T + b [..., out] with weights that do not change any more."""
+
+MakeProduct = Callable[[torch.Tensor, torch.Tensor | None], Product]
+"""Weight [out, in] and bias [out] -> product."""
 
 
 class RMSNorm(nn.Module):
@@ -99,7 +109,8 @@ class _Products(NamedTuple):
     state: Product  # [M, H] -> [M, H]: state part of `step`
 
 
-def _plain_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+def plain_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+    """PyTorch's own; a server may have a quicker one."""
     return functools.partial(F.linear, weight=weight, bias=bias)
 
 
@@ -130,13 +141,8 @@ class RecurrentHead(nn.Module):
         g = self.rab2(g, e)
         return g, self.step(torch.cat([g, e.to(g.dtype)], dim=-1))
 
-    def fuse(
-        self,
-        make_product: Callable[
-            [torch.Tensor, torch.Tensor | None], Product
-        ] = _plain_product,
-    ) -> None:
-        """Serve with fewer matrix products a step, made from weight and bias.
+    def fuse(self, make_product: MakeProduct = plain_product) -> None:
+        """Serve with fewer matrix products a step.
 
         Key, value and the embedding's half of `step` all read `e`, so they
         become one product.  Call after loading; later changes of the weights

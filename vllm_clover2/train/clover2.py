@@ -12,6 +12,7 @@ from vllm_clover2.model import (
     Packing,
     RegressiveAttentionBlock,
 )
+from vllm_clover2.model.layers import MakeProduct, plain_product
 from vllm_clover2.train.config import TrainConfig
 from vllm_clover2.train.data import Batch, next_in_text
 from vllm_clover2.train.hidden import Target, TargetStates
@@ -73,14 +74,14 @@ class DraftVocabulary:
         self,
         output: torch.Tensor,  # [Vd, H] their rows of the lm_head
         ids: torch.Tensor | None,  # [Vd] int64, None = the whole vocabulary
+        make_product: MakeProduct = plain_product,
     ) -> None:
-        self._output = output
+        self._logits = make_product(output, None)
         self._ids = ids
 
     def _log_probs(self, out: torch.Tensor) -> torch.Tensor:
         """[..., H] -> [..., Vd] float32."""
-        logits = out @ self._output.T
-        return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+        return torch.log_softmax(self._logits(out), dim=-1, dtype=torch.float32)
 
     def token_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
         return draft_ids if self._ids is None else self._ids[draft_ids]
@@ -89,9 +90,15 @@ class DraftVocabulary:
 class HeadDraft(DraftVocabulary):
     """A plain Clover-2 model as the draft that trees are grown from."""
 
-    def __init__(self, model: Clover2Model, lm_head: torch.Tensor) -> None:
+    def __init__(
+        self,
+        model: Clover2Model,
+        lm_head: torch.Tensor,  # [V, H]
+        make_product: MakeProduct = plain_product,
+    ) -> None:
         ids = model.draft_vocab_ids
-        super().__init__(lm_head if ids is None else lm_head[ids], ids)
+        output = lm_head if ids is None else lm_head[ids]
+        super().__init__(output, ids, make_product)
         self._recurrent = model.recurrent
         self._embeddings = lm_head  # [V, H]
 

@@ -118,7 +118,7 @@ class Eagle1Draft(DraftVocabulary):
         tokens: torch.Tensor,  # [M] int64, M / B rows of each request in order
     ) -> tuple[torch.Tensor, torch.Tensor]:  # one level wider, [M, Vd] float32
         requests, kv_heads, _, head_dim = self._keys.shape
-        hidden = self._output.shape[1]
+        hidden = self._embeddings.shape[1]
         rows = len(tokens) // requests
         feature = state[:, :hidden].view(requests, rows, hidden)
         # [2, B, KV, rows * levels, D]
