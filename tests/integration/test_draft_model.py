@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from vllm_clover2.integration.attention import kv_layout
+from vllm_clover2.integration.draft_model import serving_product
 from vllm_clover2.integration.proposer import Clover2Proposer, CommittedRows
 from vllm_clover2.integration.runner import Clover2RunnerMixin
 from vllm_clover2.model import Clover2Config, Clover2Model
@@ -282,3 +283,17 @@ def test_a_golden_case_fits() -> None:
         pytest.skip(f"no golden tensors in {GOLDEN}; set CLOVER2_GOLDEN_DIR")
     assert any(supported(case) for case in CASES)
     assert Clover2Config.model_type == "clover2"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+@torch.inference_mode()
+def test_served_products_are_linear_layers(dtype: torch.dtype, bias: bool) -> None:
+    # 96 x 64 is small enough for vLLM's other kernel where the processor has AMX.
+    for rows, shape in ((1, (96, 64)), (8, (96, 64)), (8, (2048, 576))):
+        layer = torch.nn.Linear(shape[1], shape[0], bias=bias).to(dtype)
+        x = torch.randn(rows, shape[1], dtype=dtype)
+        expected = layer(x)
+        given = None if layer.bias is None else layer.bias.detach().clone()
+        product = serving_product(layer.weight.detach().clone(), given)
+        torch.testing.assert_close(product(x), expected)
