@@ -4,7 +4,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -159,8 +159,10 @@ class Clover2Proposer(EagleProposer):
         rows = [n for n in (1, 4, 16, 64, 256) if n <= self.max_num_tokens]
         if len(rows) < 2:
             return
-        draft = _median_seconds(lambda: self.grow(self.hidden_states[:1]))
-        seconds = torch.tensor([draft + _median_seconds(pass_rows, n) for n in rows])
+        parts = [functools.partial(pass_rows, n) for n in rows]
+        parts.append(functools.partial(self.grow, self.hidden_states[:1]))
+        *target, draft = median_seconds(parts, rounds=5)
+        seconds = torch.tensor([draft + passed for passed in target])
         seconds = get_tp_group().broadcast(seconds.to(self.device))
         table = step_seconds(rows, seconds.tolist(), self.max_num_tokens)
         self.step_seconds = table.to(self.device)
@@ -193,7 +195,8 @@ class Clover2Proposer(EagleProposer):
             ),
             "grow": grow,
         }
-        return {name: _median_seconds(part, runs=9) for name, part in parts.items()}
+        seconds = median_seconds(list(parts.values()), rounds=9)
+        return dict(zip(parts, seconds, strict=True))
 
     def _attention_metadata(
         self,
@@ -251,12 +254,19 @@ def _of_first_rank(trees: GrownTrees) -> GrownTrees:
     return GrownTrees(*(group.broadcast(part.contiguous()) for part in trees))
 
 
-def _median_seconds(run: Callable[..., Any], *args: Any, runs: int = 3) -> float:
-    """Median time of some runs after a first one; waits for the device."""
+def median_seconds(parts: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
+    """Median times of some parts, which wait for the device.
+
+    They take turns, because a moment in which the machine is busy must not meet one of
+    them alone: what counts is how they compare. A first round is not counted.
+    """
     times = []
-    for _ in range(runs + 1):
-        start = time.perf_counter()
-        run(*args)
-        torch.accelerator.synchronize()
-        times.append(time.perf_counter() - start)
-    return median(times[1:])
+    for _ in range(rounds + 1):
+        row = []
+        for run in parts:
+            start = time.perf_counter()
+            run()
+            torch.accelerator.synchronize()
+            row.append(time.perf_counter() - start)
+        times.append(row)
+    return [median(column) for column in zip(*times[1:], strict=True)]
