@@ -421,13 +421,16 @@ class Trainer:
 def train(config: TrainConfig) -> Path:
     """Train a draft head; returns the folder that holds it.
 
-    Under torchrun this also leaves the process group, so it is a process's last work.
+    Under torchrun this joins a process group and leaves it again, so it is a process's
+    last work. A group that was there before, an engine's for example, stays.
     """
+    joins = not torch.distributed.is_initialized()
     trainer = Trainer(config)
     try:
         head = trainer.run()
         trainer.accelerator.wait_for_everyone()
     finally:
         # A process that ends while its group's threads run may be aborted.
-        trainer.accelerator.end_training()
+        if joins:
+            trainer.accelerator.end_training()
     return head

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from vllm_clover2.model.weights import load_head
+from vllm_clover2.train import loop
 from vllm_clover2.train.config import TrainConfig
 from vllm_clover2.train.loop import train
 
@@ -51,21 +53,35 @@ def test_two_processes_train_one_head_and_resume(tiny_config: TrainConfig) -> No
     assert names[-1] == "step-0000082"
 
 
-def test_training_leaves_the_process_group(tiny_config: TrainConfig) -> None:
+def join_group(store: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+
+
+def test_training_leaves_its_process_group(
+    tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else a process may abort at its end, and torchrun then stops the others."""
     settings = tiny_config.model_dump(exclude_unset=True)
     settings |= {"steps": 2, "warmup_steps": 0}
-
-    def join_group(name: str) -> None:
-        store = tiny_config.output.parent / name
-        dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=0, world_size=1
-        )
-
-    join_group("finished")
+    stores = iter([tmp_path / "finished", tmp_path / "refused"])
+    # Joins where accelerate does under torchrun: while the trainer is made.
+    monkeypatch.setattr(loop, "set_seed", lambda seed: join_group(next(stores)))
     train(TrainConfig(**settings))
     assert not dist.is_initialized()
-    join_group("refused")
     with pytest.raises(ValueError, match="seed"):
         train(TrainConfig(**settings | {"seed": 7}))
     assert not dist.is_initialized()
+    assert not list(stores)
+
+
+def test_training_keeps_a_group_of_others(
+    tiny_config: TrainConfig, tmp_path: Path
+) -> None:
+    """An engine of vLLM in this process has one, and fails without it."""
+    join_group(tmp_path / "store")
+    settings = tiny_config.model_dump(exclude_unset=True)
+    try:
+        train(TrainConfig(**settings | {"steps": 2, "warmup_steps": 0}))
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
