@@ -10,8 +10,7 @@ thread and with vLLM's packed weights, as vLLM's worker grows it on a small CPU.
 """
 
 import argparse
-import statistics
-import time
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_clover2.integration.draft_model import serving_product
+from vllm_clover2.integration.proposer import median_seconds
 from vllm_clover2.model import Clover2Model
 from vllm_clover2.model.weights import load_head
 from vllm_clover2.train.architectures import ARCHITECTURES
@@ -61,10 +61,7 @@ def growth_milliseconds(
     lm_head: torch.Tensor,  # [V, H]
     vocabularies: list[torch.Tensor],  # [size] int64 each
 ) -> list[float]:
-    """Median times of growing one request's dynamic tree of 25 nodes.
-
-    The vocabularies take turns, so that a busy moment meets all of them.
-    """
+    """Median times of growing one request's dynamic tree of 25 nodes."""
     model.recurrent.fuse(serving_product)
     drafts = []
     for ids in vocabularies:
@@ -74,16 +71,10 @@ def growth_milliseconds(
     hidden = torch.randn(1, model.config.hidden_size, dtype=lm_head.dtype)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    rounds = []
-    for _ in range(REPEATS):
-        times = []
-        for draft in drafts:
-            start = time.perf_counter()
-            grow_dynamic(draft, hidden, tree)
-            times.append(1e3 * (time.perf_counter() - start))
-        rounds.append(times)
+    grow = [functools.partial(grow_dynamic, draft, hidden, tree) for draft in drafts]
+    seconds = median_seconds(grow, rounds=REPEATS)
     torch.set_num_threads(threads)
-    return [statistics.median(times) for times in zip(*rounds, strict=True)]
+    return [1e3 * time for time in seconds]
 
 
 def main() -> None:

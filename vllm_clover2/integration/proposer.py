@@ -266,7 +266,8 @@ def median_seconds(parts: Sequence[Callable[[], Any]], rounds: int) -> list[floa
         for run in parts:
             start = time.perf_counter()
             run()
-            torch.accelerator.synchronize()
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
             row.append(time.perf_counter() - start)
         times.append(row)
     return [median(column) for column in zip(*times[1:], strict=True)]
