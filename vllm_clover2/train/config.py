@@ -72,6 +72,9 @@ class TrainConfig(BaseModel):
         ge=1,
         description="train later steps only where the draft's own top k hold the text",
     )
+    learn_prompts: bool = Field(
+        False, description="imitate the target on the prompts' tokens too"
+    )
     max_answers: int | None = Field(
         None, ge=1, description="train on the first answers of the file only"
     )

@@ -210,18 +210,22 @@ def _cut(lengths: np.ndarray, order: np.ndarray, max_tokens: int) -> list[np.nda
     return [*batches, order[first:]] if len(order) else []
 
 
-def pack(answers: AnswerSet, indices: np.ndarray) -> Batch:
+def pack(
+    answers: AnswerSet, indices: np.ndarray, learn_prompts: bool = False
+) -> Batch:
     """The answers `indices`, one behind the other.
 
     `loss_mask` covers the output tokens and the last prompt token: the draft's very
     first step of a request starts from that token's hidden state. It leaves out each
-    answer's last token, which has no successor whose state could be imitated.
+    answer's last token, which has no successor whose state could be imitated. With
+    `learn_prompts` it covers the whole prompts too.
     """
     tokens = np.concatenate([answers.answer(index) for index in indices])
     masks = []
     for index in indices:
         mask = np.zeros(answers.lengths[index], dtype=bool)
-        mask[answers.prompt_lens[index] - 1 : -1] = True
+        first = 0 if learn_prompts else answers.prompt_lens[index] - 1
+        mask[first:-1] = True
         masks.append(mask)
     return Batch(
         torch.from_numpy(tokens.astype(np.int64)),

@@ -180,7 +180,7 @@ class Trainer:
             batches = self._epoch(epoch)
             if step < len(batches):
                 for indices in batches[step:]:
-                    yield epoch, pack(self.answers, indices)
+                    yield epoch, pack(self.answers, indices, self.config.learn_prompts)
             step = max(0, step - len(batches))
             epoch += 1
 
