@@ -105,14 +105,11 @@ def draft_rows(
     lm_head: torch.Tensor,
     g: torch.Tensor,  # [1, H] of the last position
     top_tokens: torch.Tensor,  # [11, 10] the reference's choice per row
-    fused: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """States and outputs of the static tree's eleven rows, in their order."""
     # Row -> (parent row, rank of its token among the parent's ten).
     sources = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (2, 0)]
     sources += [(5, 0), (9, 0)]
-    if fused:
-        model.recurrent.fuse()
     states, outputs = [g[0]], [model.recurrent.first(g)[0]]
     for parent, rank in sources:
         token = top_tokens[parent, rank]
@@ -126,6 +123,9 @@ def draft_rows(
 @torch.inference_mode()
 def test_incremental_decode_matches(case: Path, fused: bool) -> None:
     model, lm_head = load_model(case)
+    if fused:
+        model.rab1.fuse()
+        model.recurrent.fuse()
     golden = load_file(case / "decode.safetensors")
     cache = DraftCache()
     steps = sum(name.endswith(".kv_len") for name in golden)
@@ -141,7 +141,7 @@ def test_incremental_decode_matches(case: Path, fused: bool) -> None:
         g = model.augment(part["hidden_states"], lm_head[ids], cache=cache)
         assert cache.length == int(part["kv_len"])
         assert_close(g, part["clover_h"], HIDDEN_TOLERANCE)
-        states, outputs = draft_rows(model, lm_head, g[:, -1], part["ss_token"], fused)
+        states, outputs = draft_rows(model, lm_head, g[:, -1], part["ss_token"])
         assert_close(states, part["row_recurrent"], HIDDEN_TOLERANCE)
         assert_close(outputs, part["row_out"], HIDDEN_TOLERANCE)
         top = (outputs @ lm_head.T).topk(10)

@@ -6,7 +6,6 @@ Everything here is row-wise: no attention across positions, no cache.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +25,11 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 
 MakeProduct = Callable[[torch.Tensor, torch.Tensor | None], Product]
 """Weight [out, in] and bias [out] -> product."""
+
+
+def plain_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+    """PyTorch's own; a server may have a quicker one."""
+    return functools.partial(F.linear, weight=weight, bias=bias)
 
 
 class RMSNorm(nn.Module):
@@ -62,31 +66,39 @@ class RegressiveAttentionBlock(nn.Module):
         self.v_proj = nn.Linear(hidden_size, hidden_size)
         self.num_heads = num_heads
         self.eps = eps
+        self._query: Product | None = None
+        self._key_value: Product | None = None
+
+    def fuse(self, make_product: MakeProduct = plain_product) -> None:
+        """Serve with fewer matrix products: key and value both read the token.
+
+        Call after loading; later changes of the weights are not seen.
+        """
+        key, value = self.k_proj, self.v_proj
+        self._query = _product_of(self.q_proj, make_product)
+        self._key_value = make_product(
+            torch.cat([key.weight, value.weight]).detach(),
+            torch.cat([key.bias, value.bias]).detach(),
+        )
 
     def forward(
         self,
         z: torch.Tensor,  # [..., H] hidden state
         e: torch.Tensor,  # [..., H] embedding of the token that follows
     ) -> torch.Tensor:  # [..., H]
-        query = self.q_proj(self.input_layernorm(z))
-        return self.combine(z, query, self.k_proj(e), self.v_proj(e))
-
-    def combine(
-        self,
-        z: torch.Tensor,  # [..., H] hidden state
-        query: torch.Tensor,  # [..., H] of the state
-        key: torch.Tensor,  # [..., H] of the token
-        value: torch.Tensor,  # [..., H] of the token
-    ) -> torch.Tensor:  # [..., H]
-        """The block after its projections."""
-        heads = (*z.shape[:-1], self.num_heads, -1)
+        normed = self.input_layernorm(z)
+        if self._query is None or self._key_value is None:
+            query, key, value = self.q_proj(normed), self.k_proj(e), self.v_proj(e)
+        else:
+            query = self._query(normed)
+            key, value = self._key_value(e).chunk(2, dim=-1)
+        heads = (self.num_heads, -1)
+        query, key, value = (x.unflatten(-1, heads) for x in (query, key, value))
         # cosine_similarity clamps each norm by eps on its own, outside autograd,
         # exactly as the original does.  float32: bf16 sums lose the small cosines.
-        cosine = F.cosine_similarity(
-            query.view(heads).float(), key.view(heads).float(), dim=-1, eps=self.eps
-        )
-        added = cosine.to(value.dtype).unsqueeze(-1) * value.view(heads)
-        return z + added.reshape(z.shape).to(z.dtype)
+        cosine = F.cosine_similarity(query.float(), key.float(), dim=-1, eps=self.eps)
+        added = cosine.to(value.dtype).unsqueeze(-1) * value
+        return z + added.flatten(-2).to(z.dtype)
 
 
 class _Readout(nn.Linear):
@@ -96,22 +108,14 @@ class _Readout(nn.Linear):
         super().__init__(in_features, out_features)
         # In a tuple, so that the norm stays registered once, with its owner.
         self._norm = (norm,)
+        self._product: Product | None = None
+
+    def fuse(self, make_product: MakeProduct) -> None:
+        self._product = _product_of(self, make_product)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._norm[0](super().forward(x))
-
-
-class _Products(NamedTuple):
-    """The products of one step as they are served, grouped by what they read."""
-
-    query: Product  # [M, H] -> [M, H]
-    token: Product  # [M, H] -> [M, 3H]: key, value and token part of `step`
-    state: Product  # [M, H] -> [M, H]: state part of `step`
-
-
-def plain_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
-    """PyTorch's own; a server may have a quicker one."""
-    return functools.partial(F.linear, weight=weight, bias=bias)
+        product = super().forward if self._product is None else self._product
+        return self._norm[0](product(x))
 
 
 class RecurrentHead(nn.Module):
@@ -128,7 +132,12 @@ class RecurrentHead(nn.Module):
         self.rab2 = RegressiveAttentionBlock(hidden_size, num_heads, eps)
         self.first = _Readout(hidden_size, hidden_size, self.norm)  # g [M, H] -> o
         self.step = _Readout(2 * hidden_size, hidden_size, self.norm)
-        self._products: _Products | None = None
+
+    def fuse(self, make_product: MakeProduct = plain_product) -> None:
+        """Serve with fewer and quicker matrix products; see the block's `fuse`."""
+        self.rab2.fuse(make_product)
+        self.first.fuse(make_product)
+        self.step.fuse(make_product)
 
     def advance(
         self,
@@ -136,35 +145,9 @@ class RecurrentHead(nn.Module):
         e: torch.Tensor,  # [M, H] embeddings of the tokens chosen after them
     ) -> tuple[torch.Tensor, torch.Tensor]:  # next g [M, H], o [M, H]
         """One speculation step."""
-        if self._products is not None:
-            return self._advance_fused(g, e, self._products)
         g = self.rab2(g, e)
         return g, self.step(torch.cat([g, e.to(g.dtype)], dim=-1))
 
-    def fuse(self, make_product: MakeProduct = plain_product) -> None:
-        """Serve with fewer matrix products a step.
 
-        Key, value and the embedding's half of `step` all read `e`, so they
-        become one product.  Call after loading; later changes of the weights
-        are not seen.  Rounds differently by one addition order.
-        """
-        hidden_size = self.norm.weight.numel()
-        rab2, step = self.rab2, self.step
-        token_part = step.weight[:, hidden_size:]
-        token_weight = torch.cat([rab2.k_proj.weight, rab2.v_proj.weight, token_part])
-        token_bias = torch.cat([rab2.k_proj.bias, rab2.v_proj.bias, step.bias])
-        state_weight = step.weight[:, :hidden_size].contiguous()
-        self._products = _Products(
-            query=make_product(rab2.q_proj.weight.detach(), rab2.q_proj.bias.detach()),
-            token=make_product(token_weight.detach(), token_bias.detach()),
-            state=make_product(state_weight.detach(), None),
-        )
-
-    def _advance_fused(
-        self, g: torch.Tensor, e: torch.Tensor, products: _Products
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        key, value, token_part = products.token(e).chunk(3, dim=-1)
-        query = products.query(self.rab2.input_layernorm(g))
-        # chunk() returns strided views, combine() splits them into heads.
-        g = self.rab2.combine(g, query, key.contiguous(), value.contiguous())
-        return g, self.norm(products.state(g) + token_part)
+def _product_of(linear: nn.Linear, make_product: MakeProduct) -> Product:
+    return make_product(linear.weight.detach(), linear.bias.detach())

@@ -210,9 +210,7 @@ def _cut(lengths: np.ndarray, order: np.ndarray, max_tokens: int) -> list[np.nda
     return [*batches, order[first:]] if len(order) else []
 
 
-def pack(
-    answers: AnswerSet, indices: np.ndarray, learn_prompts: bool = False
-) -> Batch:
+def pack(answers: AnswerSet, indices: np.ndarray, learn_prompts: bool = False) -> Batch:
     """The answers `indices`, one behind the other.
 
     `loss_mask` covers the output tokens and the last prompt token: the draft's very

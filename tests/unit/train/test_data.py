@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from vllm_clover2.train.data import (
     next_in_text,
@@ -126,7 +127,8 @@ def test_pack_masks_the_output_and_the_last_prompt_token(tmp_path: Path) -> None
     path = write(
         tmp_path / "a.jsonl", [record("a", [1, 2], [3, 4]), record("b", [5], [6])]
     )
-    batch = pack(read_answers(path, 9), np.array([1, 0]))
+    answers = read_answers(path, 9)
+    batch = pack(answers, np.array([1, 0]))
     assert batch.input_ids.tolist() == [5, 6, 1, 2, 3, 4]
     # Not the last token of an answer: nothing follows whose state could be imitated.
     assert batch.loss_mask.int().tolist() == [1, 0, 0, 1, 1, 0]
@@ -134,6 +136,9 @@ def test_pack_masks_the_output_and_the_last_prompt_token(tmp_path: Path) -> None
     assert batch.starts.tolist() == [0, 2]
     following = next_in_text(batch.input_ids, batch.lengths)
     assert following.tolist() == [6, 0, 2, 3, 4, 0]
+    with_prompts = pack(answers, np.array([1, 0]), learn_prompts=True)
+    assert with_prompts.loss_mask.int().tolist() == [1, 0, 1, 1, 1, 0]
+    assert torch.equal(with_prompts.input_ids, batch.input_ids)
 
 
 def test_answers_are_selected_by_place_and_temperature(tmp_path: Path) -> None:

@@ -267,6 +267,14 @@ def test_on_policy_training_leaves_later_steps_out_but_not_in_validation(
     assert torch.equal(weights[2], weights[0])
 
 
+def test_prompts_are_learned_but_not_validated(tiny_config: TrainConfig) -> None:
+    plain = Trainer(tiny_config)
+    with_prompts = Trainer(changed(tiny_config, learn_prompts=True))
+    batch = next(with_prompts._batches_from(0))[1]
+    assert batch.loss_mask.sum() == len(batch.input_ids) - len(batch.lengths)
+    assert with_prompts.validate() == plain.validate()
+
+
 def test_training_goes_on_from_a_head(tiny_config: TrainConfig, tmp_path: Path) -> None:
     config = changed(tiny_config, steps=60, draft_vocab_size=40)
     first = train(config)
