@@ -53,6 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "1 draft step": {"num_draft_steps": 1},
     "5 draft steps": {"num_draft_steps": 5},
     "on-policy, top 8": {"on_policy_top_k": 8},
+    "prompts too": {"learn_prompts": True},
     "greedy answers only": {"temperatures": [0.0]},
     "AdamW alone": {"muon_lr": None},
     "half the rates": {"learning_rate": 7.5e-4, "muon_lr": 2.5e-3},
