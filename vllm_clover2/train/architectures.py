@@ -24,7 +24,7 @@ from vllm_clover2.train.eagle1 import Eagle1Replay, TrainableEagle1, new_eagle1
 from vllm_clover2.train.hidden import Target, TargetStates
 from vllm_clover2.tree.growth import Draft
 
-__all__ = ["ARCHITECTURES", "Architecture", "Replay", "load_draft"]
+__all__ = ["ARCHITECTURES", "Architecture", "Replay", "head_model_type", "load_draft"]
 
 
 class Replay(Protocol):
@@ -78,6 +78,22 @@ ARCHITECTURES = {
 }
 
 
+def head_model_type(folder: Path) -> str:
+    """The model_type in the config.json of the head in `folder`.
+
+    Raises:
+        ValueError: there is none to be read.
+    """
+    path = folder / "config.json"
+    try:
+        return str(json.loads(path.read_text("utf-8"))["model_type"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} must be a JSON object with a model_type, found {error!r}; give "
+            "the folder of a clover2 head or of an EAGLE head of vLLM"
+        ) from error
+
+
 def load_draft(
     folder: Path, dtype: torch.dtype, target: Target
 ) -> tuple[nn.Module, Architecture]:
@@ -86,15 +102,13 @@ def load_draft(
     Raises:
         ValueError: it is no draft, or not one for this target.
     """
-    try:
-        model_type = json.loads((folder / "config.json").read_text())["model_type"]
-        architecture = ARCHITECTURES[{"llama": "eagle1"}.get(model_type, model_type)]
-    except (OSError, ValueError, KeyError) as error:
+    model_type = head_model_type(folder)
+    architecture = ARCHITECTURES.get({"llama": "eagle1"}.get(model_type, model_type))
+    if architecture is None:
         raise ValueError(
-            f"{folder} is no draft head: expected a folder with config.json and "
-            f"model.safetensors, of one of the kinds {sorted(ARCHITECTURES)} "
-            f"({error!r})"
-        ) from error
+            f"{folder} is no draft head: its model_type must be clover2, or llama for "
+            f"an EAGLE-1 head, found {model_type!r}"
+        )
     model: Any = architecture.load(folder, dtype)
     for key in ("hidden_size", "vocab_size"):
         ours, theirs = getattr(model.config, key), getattr(target.config, key)

@@ -23,6 +23,7 @@ import numpy as np
 from pydantic import ValidationError
 from transformers import AutoConfig
 
+from vllm_clover2.train.architectures import head_model_type
 from vllm_clover2.train.config import EvaluateConfig
 from vllm_clover2.train.data import AnswerSet, read_answers
 from vllm_clover2.train.evaluate import ReplayResult, parse_tree, summarise
@@ -49,7 +50,7 @@ def speculative_config(head: Path, name: str) -> dict[str, Any]:
     """
     _, depth = parse_tree(name)
     kind, *numbers = name.split(":")
-    if (model_type := _model_type(head)) != "clover2":
+    if (model_type := head_model_type(head)) != "clover2":
         if kind != "chain":
             raise ValueError(
                 f"stock EAGLE drafts chains only: the tree for {head} (model_type "
@@ -76,19 +77,6 @@ def speculative_config(head: Path, name: str) -> dict[str, Any]:
             f"{problem['msg']}"
         ) from error
     return {"method": "clover2", "model": str(head), **options}
-
-
-def _model_type(head: Path) -> str:
-    """The model_type in the config.json of the folder `head`."""
-    path = head / "config.json"
-    try:
-        found = json.loads(path.read_text("utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} must be a JSON object with a model_type, found {error!r}; give "
-            "the folder of a clover2 head or of an EAGLE head of vLLM"
-        ) from error
-    return str(found)
 
 
 def count_steps(

@@ -150,3 +150,15 @@ def test_head_of_another_target_is_refused(
                 answers=tiny_config.answers,
             )
         )
+
+
+def test_a_model_that_is_no_draft_is_refused(
+    tiny_config: TrainConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match=r"no draft head: .*found 'gpt2'"):
+        evaluate(
+            EvaluateConfig(
+                target=tiny_config.target, head=tmp_path, answers=tiny_config.answers
+            )
+        )
