@@ -31,6 +31,9 @@ class GenerateConfig(BaseModel):
     max_model_len: int = Field(2048, ge=2)
     limit: int | None = Field(None, ge=1, description="use the first prompts only")
     chunk: int = Field(256, ge=1, description="prompts between two saves")
+    kv_cache_gib: float | None = Field(
+        None, gt=0, description="the KV cache in GiB; unset: what vLLM takes"
+    )
     dtype: str = "bfloat16"
     seed: int = 0
 
@@ -88,10 +91,12 @@ def generate(config: GenerateConfig) -> Path:
     done = _resume(working)
     waiting = [record for record in prompts if record["id"] not in done]
     if waiting:
+        kv_cache = config.kv_cache_gib
         llm = LLM(
             model=config.target,
             dtype=config.dtype,
             max_model_len=config.max_model_len,
+            kv_cache_memory_bytes=int(kv_cache * 2**30) if kv_cache else None,
             seed=config.seed,
         )
         with working.open("a", encoding="utf-8") as stream:

@@ -18,9 +18,10 @@ class FakeEngine:
 
     fails_on: str | None = None
     asked: list[str] = []  # noqa: RUF012 - shared on purpose
+    options: dict[str, Any] = {}  # noqa: RUF012
 
-    def __init__(self, **_: Any) -> None:
-        pass
+    def __init__(self, **options: Any) -> None:
+        FakeEngine.options = options
 
     def chat(self, conversations: list[Any], params: list[Any]) -> list[Any]:
         texts = [messages[0]["content"] for messages in conversations]
@@ -80,6 +81,14 @@ def test_every_prompt_is_answered_with_its_temperature(config: GenerateConfig) -
         assert answer["temperature"] == temperature
         assert answer["output_token_ids"] == [number, round(temperature * 10)]
     assert len({answer["temperature"] for answer in answers}) > 1
+
+
+def test_the_kv_cache_is_of_the_given_size(config: GenerateConfig) -> None:
+    generate(config)
+    assert FakeEngine.options["kv_cache_memory_bytes"] is None  # vLLM's choice
+    half = {"kv_cache_gib": 0.5, "output": config.output.with_name("half.jsonl")}
+    generate(config.model_copy(update=half))
+    assert FakeEngine.options["kv_cache_memory_bytes"] == 2**29
 
 
 def test_a_stopped_run_continues_where_it_was(config: GenerateConfig) -> None:
