@@ -66,8 +66,8 @@ class RegressiveAttentionBlock(nn.Module):
         self.v_proj = nn.Linear(hidden_size, hidden_size)
         self.num_heads = num_heads
         self.eps = eps
-        self._query: Product | None = None
-        self._key_value: Product | None = None
+        # As served: [M, H] -> query [M, H]; [M, H] -> key and value [M, 2H].
+        self._products: tuple[Product, Product] | None = None
 
     def fuse(self, make_product: MakeProduct = plain_product) -> None:
         """Serve with fewer matrix products: key and value both read the token.
@@ -75,11 +75,11 @@ class RegressiveAttentionBlock(nn.Module):
         Call after loading; later changes of the weights are not seen.
         """
         key, value = self.k_proj, self.v_proj
-        self._query = _product_of(self.q_proj, make_product)
-        self._key_value = make_product(
+        key_value = make_product(
             torch.cat([key.weight, value.weight]).detach(),
             torch.cat([key.bias, value.bias]).detach(),
         )
+        self._products = _product_of(self.q_proj, make_product), key_value
 
     def forward(
         self,
@@ -87,11 +87,12 @@ class RegressiveAttentionBlock(nn.Module):
         e: torch.Tensor,  # [..., H] embedding of the token that follows
     ) -> torch.Tensor:  # [..., H]
         normed = self.input_layernorm(z)
-        if self._query is None or self._key_value is None:
+        if self._products is None:
             query, key, value = self.q_proj(normed), self.k_proj(e), self.v_proj(e)
         else:
-            query = self._query(normed)
-            key, value = self._key_value(e).chunk(2, dim=-1)
+            query_product, key_value_product = self._products
+            query = query_product(normed)
+            key, value = key_value_product(e).chunk(2, dim=-1)
         heads = (self.num_heads, -1)
         query, key, value = (x.unflatten(-1, heads) for x in (query, key, value))
         # cosine_similarity clamps each norm by eps on its own, outside autograd,
