@@ -19,12 +19,19 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
 
-from vllm_clover2.tree.budget import sizes_worth_verifying, step_seconds
-from vllm_clover2.tree.growth import GrownTrees, grow_dynamic, grow_static
+from vllm_clover2.tree.budget import (
+    least_worth_verifying,
+    sizes_worth_verifying,
+    step_seconds,
+)
+from vllm_clover2.tree.growth import grow_dynamic, grow_static
+from vllm_clover2.tree.types import GrownTrees
 
+_MIN_EXPANDED = 0.01
 _MIN_LEVEL_MASS = 0.1
-"""A level takes about 1 ms of a 35 ms step of SmolLM2-135M on two cores, and half of
-the nodes above it are accepted with one below; less mass than this does not pay."""
+"""A level takes about 0.5 ms of a 20 ms step of SmolLM2-135M on two cores, and 0.04 ms
+more for each node of it that gets children. Half of these nodes are accepted with a
+child; those that hold less probability, alone or together, do not pay."""
 
 _COMMITTED_ROWS = 3
 """A step commits its root and the accepted nodes: two or three rows."""
@@ -65,11 +72,14 @@ class Clover2Proposer(EagleProposer):
             if device.type == "cpu" and get_tp_group().world_size == 1:
                 # Free to look at, and ranks cannot disagree.
                 self._dynamic_tree = dataclasses.replace(
-                    self._dynamic_tree, min_level_mass=_MIN_LEVEL_MASS
+                    self._dynamic_tree,
+                    min_expanded=_MIN_EXPANDED,
+                    min_level_mass=_MIN_LEVEL_MASS,
                 )
         else:
             self._static_shape = self.options.static_shape()
         self.step_seconds: torch.Tensor | None = None  # by rows, see measure_step
+        self._least_probability: list[float] = []  # by requests, with step_seconds
 
     def _maybe_share_embeddings(self, target_language_model: nn.Module) -> None:
         self.model.bind_target(target_language_model)
@@ -143,11 +153,19 @@ class Clover2Proposer(EagleProposer):
         """Trees below the roots whose augmented states are ``hidden`` [n, hidden]."""
         if self.options.tree != "dynamic":
             return _of_first_rank(grow_static(self.model, hidden, self._static_shape))
-        trees = grow_dynamic(self.model, hidden, self._dynamic_tree)
         if self.step_seconds is not None:
-            sizes = sizes_worth_verifying(trees, self.step_seconds)
-            trees = trees._replace(sizes=sizes)
-        return _of_first_rank(trees)
+            return self._grow_adaptive(hidden, self.step_seconds)
+        return _of_first_rank(grow_dynamic(self.model, hidden, self._dynamic_tree))
+
+    def _grow_adaptive(self, hidden: torch.Tensor, seconds: torch.Tensor) -> GrownTrees:
+        """Grow, and keep, no more than pays for so many requests."""
+        least = self._least_probability[len(hidden)]
+        if least > 1.0:  # not even a certain node would pay
+            return GrownTrees.empty(len(hidden), hidden.device)
+        tree = self._dynamic_tree.without_nodes_below(least)
+        trees = grow_dynamic(self.model, hidden, tree)
+        sizes = sizes_worth_verifying(trees, seconds)
+        return _of_first_rank(trees._replace(sizes=sizes))
 
     def measure_step(self, pass_rows: Callable[[int], Any]) -> None:
         """Measure what a step costs by its rows, for adaptive trees.
@@ -166,6 +184,7 @@ class Clover2Proposer(EagleProposer):
         seconds = get_tp_group().broadcast(seconds.to(self.device))
         table = step_seconds(rows, seconds.tolist(), self.max_num_tokens)
         self.step_seconds = table.to(self.device)
+        self._least_probability = least_worth_verifying(table, self.max_batch_size)
         logger.info(
             "clover2: a step takes %s",
             ", ".join(
@@ -182,7 +201,9 @@ class Clover2Proposer(EagleProposer):
         """
         hidden = self.hidden_states[:1]
         if self.options.tree == "dynamic":
-            tree = dataclasses.replace(self._dynamic_tree, min_level_mass=0.0)
+            tree = dataclasses.replace(
+                self._dynamic_tree, min_expanded=0.0, min_level_mass=0.0
+            )
             grow = functools.partial(grow_dynamic, self.model, hidden, tree)
         else:
             grow = functools.partial(self.grow, hidden)

@@ -120,14 +120,11 @@ class HiddenStateCache:
                 f"{identity}; choose another folder or delete it"
             )
 
-    @property
-    def num_done(self) -> int:
-        return int(self._done.sum(dtype=torch.int64))
-
     def fetch(self, batch: Batch) -> torch.Tensor:  # [N, H] bfloat16
         """Hidden states of a batch; computes what is missing."""
-        if not bool(self._done[torch.from_numpy(batch.indices)].all()):
-            self._compute(batch)
+        missing = [index for index in batch.indices if not self._done[index]]
+        if missing:
+            self._compute(missing)
         return torch.cat([self._states[self._rows(index)] for index in batch.indices])
 
     def _rows(self, index: int) -> slice:
@@ -135,9 +132,11 @@ class HiddenStateCache:
             int(self.answers.starts[index]), int(self.answers.starts[index + 1])
         )
 
-    def _compute(self, batch: Batch) -> None:
-        input_ids = batch.input_ids.to(self.target.lm_head.device)
-        states = self.target.pre_norm(input_ids, batch.lengths).to("cpu")
-        for index, rows in zip(batch.indices, states.split(batch.lengths), strict=True):
+    def _compute(self, indices: list[int]) -> None:
+        texts = [torch.from_numpy(self.answers.answer(index)) for index in indices]
+        lengths = tuple(map(len, texts))
+        input_ids = torch.cat(texts).long().to(self.target.lm_head.device)
+        states = self.target.pre_norm(input_ids, lengths).to("cpu")
+        for index, rows in zip(indices, states.split(lengths), strict=True):
             self._states[self._rows(index)] = rows.to(torch.bfloat16)
             self._done[index] = 1

@@ -59,3 +59,21 @@ def sizes_worth_verifying(
         return torch.zeros_like(trees.sizes)
     least = candidates[best - 1]
     return ((joint >= least) & valid).sum(1, dtype=torch.int32)
+
+
+def least_worth_verifying(
+    seconds: torch.Tensor,  # [rows + 1] float32, a step's time by its rows
+    max_requests: int,
+) -> list[float]:
+    """Joint probability under which no node pays, for 0..max_requests requests.
+
+    Known before a tree is grown, so that growing need not try such nodes. Without
+    drafts a step over r roots yields r tokens in ``seconds[r]``; a node that yields
+    less in the time that it adds can only slow the step down. Over 1: no node pays.
+    """
+    # Of the step from r to r + 1 rows; there is no room for a row after the last.
+    slopes = torch.nn.functional.pad(seconds.diff(), (0, 1), value=torch.inf)
+    # The least of all further steps, because rows may get cheaper.
+    slopes = slopes.flip(0).cummin(0).values.flip(0)[: max_requests + 1]
+    requests = torch.arange(len(slopes), device=seconds.device)
+    return (requests / seconds[: len(slopes)] * slopes).nan_to_num(0.0).tolist()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Growing trees from a draft model, a level at a time for all requests together."""
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -41,9 +42,23 @@ class DynamicTree:
     top_p: float = 1.0
     # Clover-1 against flat tails: at 0.25, 0.6 / 0.1 / 0.1 / 0.1 keeps one child.
     min_ratio: float = 0.0
-    # Grow no further below a level whose nodes hold less probability than this, on
-    # average over the requests. Looking waits for the device; 0 never looks.
+    # Give no children to nodes of a joint probability below ``min_expanded``, nor to a
+    # level whose other nodes hold less than ``min_level_mass``, all requests together.
+    # Looking waits for the device; with 0 for both nothing is looked at.
+    min_expanded: float = 0.0
     min_level_mass: float = 0.0
+
+    def without_nodes_below(self, joint: float) -> "DynamicTree":
+        """The limits of trees in which no less likely node than ``joint`` counts.
+
+        A level's nodes exclude each other, so at most 1 / ``joint`` of them count, and
+        no node below it can have a child that does.
+        """
+        fits = joint * self.top_k <= 1.0
+        top_k = self.top_k if fits else max(1, int(1.0 / joint))
+        looks = self.min_expanded > 0.0
+        min_expanded = max(self.min_expanded, joint) if looks else 0.0
+        return dataclasses.replace(self, top_k=top_k, min_expanded=min_expanded)
 
 
 class _Children(NamedTuple):
@@ -99,29 +114,72 @@ def grow_dynamic(
     state = state[:, None].expand(-1, width, -1)
     base = 0  # candidates above this level
     for _ in range(1, tree.depth):
-        if tree.min_level_mass and _mass(joint[-1], frontier) < tree.min_level_mass:
-            break
-        state, log_probs = draft.advance(
-            state.flatten(0, 1), tokens[-1].gather(1, frontier).flatten()
-        )
-        children = _likeliest(draft, log_probs, tree.top_k)
-        below = _apply_token_rule(children, tree).view(requests, width, width)
         above = joint[-1].gather(1, frontier)
+        expanded = _worth_expanding(above.flatten(), tree)
+        if expanded is None:
+            break
+        grown, below, child_tokens = (
+            rows.unflatten(0, above.shape)
+            for rows in _expand(
+                draft,
+                tree,
+                state.flatten(0, 1),
+                tokens[-1].gather(1, frontier).flatten(),
+                expanded,
+            )
+        )
         parents.append((frontier + base).repeat_interleave(width, dim=1))
         base += joint[-1].shape[1]
         joint.append((above[:, :, None] + below).flatten(1))
-        tokens.append(children.tokens.view(requests, width * width))
-        # The next level's frontier, and for each the row of ``state`` it grew from.
+        tokens.append(child_tokens.flatten(1))
+        # The next level's frontier, and for each the row of ``grown`` it grew from.
         frontier = joint[-1].topk(width, dim=1).indices
-        grown = state.view(requests, width, state.shape[-1])
         row = (frontier // width)[:, :, None].expand(-1, -1, grown.shape[-1])
         state = grown.gather(1, row)
     return _best(torch.cat(tokens, 1), torch.cat(joint, 1), torch.cat(parents, 1), tree)
 
 
-def _mass(joint: torch.Tensor, frontier: torch.Tensor) -> float:
-    """Probability that a level's frontier is reached, averaged over the requests."""
-    return float(joint.gather(1, frontier).exp().sum(1).mean())
+def _worth_expanding(
+    joint: torch.Tensor,  # [M] log-probabilities of a level's nodes
+    tree: DynamicTree,
+) -> torch.Tensor | slice | None:
+    """Index of the nodes that get children; None if the level gets none."""
+    if not tree.min_expanded and not tree.min_level_mass:
+        return slice(None)
+    probs = joint.exp()
+    expanded = (probs >= tree.min_expanded).nonzero()[:, 0]
+    if not len(expanded) or float(probs[expanded].sum()) < tree.min_level_mass:
+        return None
+    return expanded
+
+
+def _expand(
+    draft: Draft,
+    tree: DynamicTree,
+    state: torch.Tensor,  # [M, H] of the nodes' parents
+    tokens: torch.Tensor,  # [M] of the nodes
+    expanded: torch.Tensor | slice,  # those that get children
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """State [M, H] at the nodes; their children's log-probabilities and tokens [M, k].
+
+    Children of a node that is not expanded have log-probability -inf.
+    """
+    nodes = len(state)
+    state, log_probs = draft.advance(state[expanded], tokens[expanded])
+    children = _likeliest(draft, log_probs, tree.top_k)
+
+    def in_place(rows: torch.Tensor, other: float) -> torch.Tensor:
+        if len(rows) == nodes:
+            return rows
+        everywhere = rows.new_full((nodes, rows.shape[1]), other)
+        everywhere[expanded] = rows
+        return everywhere
+
+    return (
+        in_place(state, 0.0),
+        in_place(_apply_token_rule(children, tree), -torch.inf),
+        in_place(children.tokens, NO_TOKEN),
+    )
 
 
 def _best(

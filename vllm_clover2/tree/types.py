@@ -28,6 +28,13 @@ class GrownTrees(NamedTuple):
     joint: torch.Tensor  # [B, N] float32, log-probability of the path
     sizes: torch.Tensor  # [B] int32, valid nodes; the rest is padding
 
+    @classmethod
+    def empty(cls, requests: int, device: torch.device) -> "GrownTrees":
+        """Trees without nodes."""
+        none = torch.empty((requests, 0), dtype=torch.int64, device=device)
+        sizes = torch.zeros(requests, dtype=torch.int32, device=device)
+        return cls(none, none.int(), none.int(), none.float(), sizes)
+
 
 @dataclass(frozen=True)
 class TreeBatch:

@@ -14,6 +14,7 @@ import torch
 
 from vllm_clover2.model.weights import load_head
 from vllm_clover2.train.config import EvaluateConfig, TrainConfig
+from vllm_clover2.train.data import pack
 from vllm_clover2.train.evaluate import evaluate
 from vllm_clover2.train.loop import Trainer, frequent_tokens, train
 from vllm_clover2.train.optimizers import lr_factor
@@ -135,6 +136,28 @@ def test_cached_hidden_states_change_nothing(tiny_config: TrainConfig) -> None:
         found = load_head(tiny_config.output / folder / "head").state_dict()
         for name, tensor in found.items():
             torch.testing.assert_close(tensor, expected[name], atol=2e-3, rtol=0)
+
+
+def test_cache_computes_only_what_is_missing(tiny_config: TrainConfig) -> None:
+    trainer = Trainer(changed(tiny_config, hidden_cache=tiny_config.output / "cache"))
+    cache = trainer.cache
+    assert cache is not None
+    computed: list[int] = []
+    pre_norm = cache.target.pre_norm
+
+    def counting(ids: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
+        computed.append(len(lengths))
+        return pre_norm(ids, lengths)
+
+    cache.target.pre_norm = counting  # type: ignore[method-assign]
+    first = cache.fetch(pack(trainer.answers, np.array([0, 1])))
+    more = pack(trainer.answers, np.array([2, 1, 3]))
+    states = cache.fetch(more)
+    assert computed == [2, 2]
+    middle = states[more.lengths[0] :][: more.lengths[1]]
+    assert torch.equal(middle, first[-more.lengths[1] :])
+    whole = pre_norm(more.input_ids, more.lengths).to(torch.bfloat16)
+    torch.testing.assert_close(states, whole)
 
 
 def test_nan_loss_stops_and_keeps_the_last_checkpoint(

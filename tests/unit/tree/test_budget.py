@@ -4,7 +4,11 @@
 import pytest
 import torch
 
-from vllm_clover2.tree.budget import sizes_worth_verifying, step_seconds
+from vllm_clover2.tree.budget import (
+    least_worth_verifying,
+    sizes_worth_verifying,
+    step_seconds,
+)
 from vllm_clover2.tree.types import GrownTrees
 
 
@@ -61,6 +65,40 @@ def test_no_other_number_of_nodes_is_better(seed: int) -> None:
     kept = sum(values[row, :size].sum() for row, size in enumerate(sizes.tolist()))
     found = float((5 + kept) / seconds[5 + int(sizes.sum())])
     assert found == pytest.approx(best_by_enumeration(trees, seconds), rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_node_below_the_least_probability_is_kept(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.rand(5, 7, generator=generator).sort(1, descending=True).values
+    values *= 0.2 + 0.04 * seed
+    trees = grown(values.tolist())
+    seconds = step_seconds([1, 8, 40], [1.0, 1.1 + 0.05 * seed, 3.0 + seed], 64)
+    sizes = sizes_worth_verifying(trees, seconds)
+    least = least_worth_verifying(seconds, 5)[5]
+    kept = [values[row, size - 1] for row, size in enumerate(sizes.tolist()) if size]
+    assert all(value >= least for value in kept)
+
+
+def test_least_probability_rises_with_the_requests() -> None:
+    seconds = step_seconds([1, 2], [1.0, 1.5], 64)  # 0.5 and 0.5 a row
+    least = least_worth_verifying(seconds, 8)
+    assert least == pytest.approx([r / (0.5 + 0.5 * r) * 0.5 for r in range(9)])
+    # A quarter of the yield of a step over four roots in a quarter of its time.
+    assert least[4] == pytest.approx(4 / 2.5 * 0.5)
+
+
+def test_cheaper_rows_later_keep_likely_nodes_worth_it() -> None:
+    """Rows 2 to 4 are dear, the next 36 nearly free: together they may pay."""
+    seconds = step_seconds([1, 4, 40], [1.0, 4.0, 4.1], 40)
+    assert least_worth_verifying(seconds, 1)[1] < 0.01
+
+
+def test_no_room_for_a_row_means_that_none_pays() -> None:
+    seconds = step_seconds([1, 2], [1.0, 1.0], 4)
+    assert least_worth_verifying(seconds, 9)[:4] == [0.0] * 4
+    assert least_worth_verifying(seconds, 9)[4] > 1.0
+    assert len(least_worth_verifying(seconds, 9)) == 5
 
 
 def test_cost_curve_passes_the_measured_points_and_never_falls() -> None:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Growing trees against a search over single paths."""
 
+import dataclasses
 import math
+from math import log
 
 import pytest
 import torch
@@ -192,7 +194,7 @@ def test_growth_stops_below_a_level_with_too_little_mass(toy_draft, hidden) -> N
     """With the limit just above a level's mass its nodes have no children."""
     whole = grow_dynamic(toy_draft, hidden, DynamicTree(63, top_k=3, depth=4))
     first_level = whole.joint.masked_fill(whole.depths != 1, -math.inf)
-    mass = float(first_level.exp().sum(1).mean())
+    mass = float(first_level.exp().sum())
 
     def deepest(limit: float) -> int:
         tree = DynamicTree(63, top_k=3, depth=4, min_level_mass=limit)
@@ -201,3 +203,53 @@ def test_growth_stops_below_a_level_with_too_little_mass(toy_draft, hidden) -> N
     assert deepest(mass * 1.001) == 1
     assert deepest(mass * 0.999) > 1
     assert deepest(0.0) == 4
+
+
+class CountingDraft:
+    """Counts the nodes that get children."""
+
+    def __init__(self, draft) -> None:
+        self.draft, self.expanded = draft, 0
+        self.first, self.token_ids = draft.first, draft.token_ids
+
+    def advance(self, state, tokens):
+        self.expanded += len(tokens)
+        return self.draft.advance(state, tokens)
+
+
+@pytest.mark.parametrize("least", [0.02, 0.1, 0.3])
+def test_only_likely_nodes_get_children(toy_draft, hidden, least) -> None:
+    """The nodes that remain likely enough are those of the whole tree."""
+    limits = DynamicTree(63, top_k=4, depth=5)
+    whole = grow_dynamic(toy_draft, hidden, limits)
+    counting = CountingDraft(toy_draft)
+    limits = dataclasses.replace(limits, min_expanded=1e-6)
+    pruned = grow_dynamic(counting, hidden, limits.without_nodes_below(least))
+
+    likely = 0
+    for request in range(len(hidden)):
+        wanted, found = paths_of(whole, request), paths_of(pruned, request)
+        wanted = {path: joint for path, joint in wanted.items() if joint > log(least)}
+        assert list(found)[: len(wanted)] == list(wanted)
+        for path in found:
+            assert len(path) == 1 or found[path[:-1]] >= log(least)
+        for depth in range(1, limits.depth):
+            level = sum(len(path) == depth for path in wanted)
+            likely += min(level, limits.top_k)
+    assert counting.expanded == likely
+
+
+def test_width_follows_the_least_probability() -> None:
+    tree = DynamicTree(25, top_k=8, min_expanded=0.01)
+    widths = {p: tree.without_nodes_below(p).top_k for p in (0.0, 0.1, 0.3, 0.5, 0.9)}
+    assert widths == {0.0: 8, 0.1: 8, 0.3: 3, 0.5: 2, 0.9: 1}
+    assert tree.without_nodes_below(0.3).min_expanded == 0.3
+    # Where looking would wait for the device, the width alone follows.
+    assert DynamicTree(25).without_nodes_below(0.3).min_expanded == 0.0
+
+
+def test_a_level_without_likely_nodes_gets_no_children(toy_draft, hidden) -> None:
+    counting = CountingDraft(toy_draft)
+    grown = grow_dynamic(counting, hidden, DynamicTree(25, min_expanded=0.999))
+    assert counting.expanded == 0
+    assert int(grown.depths.max()) == 1
