@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engine_fixtures import Baseline, random_prompts
 from engines import Engine, EnginePool, Output, Request, assert_same
 from planting import CommitSpy, Planter, with_truth
 from vllm.v1.engine.input_processor import InputProcessor
+
+from vllm_clover2.tree.budget import step_seconds
+from vllm_clover2.tree.types import GrownTrees
 
 
 def run_planted(
@@ -271,3 +275,38 @@ def test_requests_that_wait_for_budget_keep_their_drafts(
     run_planted(engine, requests, baseline, plant, seed=15)
     assert engine.runner.drafts.counts["unknown draft"] == 0
     assert commits.accepted > len(requests)
+
+
+def test_load_decides_what_is_drafted(
+    engines: EnginePool,
+    target: Path,
+    head: Path,
+    baseline: Baseline,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Eight rows cost as much as one, each further row as much as these together."""
+    drafter = engines.get(target, head, {}).runner.drafter
+    measured = drafter.step_seconds
+    seconds = step_seconds([1, 8, 64], [1.0, 1.0, 57.0], drafter.max_num_tokens)
+    grown: list[tuple[int, int, int]] = []  # of every step: requests, nodes tried, kept
+    grow = drafter.grow
+
+    def recording(hidden: torch.Tensor) -> GrownTrees:
+        trees = grow(hidden)
+        tried = int((trees.joint > -torch.inf).sum())
+        grown.append((len(hidden), tried, int(trees.sizes.sum())))
+        return trees
+
+    monkeypatch.setattr(drafter, "grow", recording)
+    requests = [r.replaced(max_tokens=8) for r in random_prompts(12, seed=29)]
+    requests[3:6] = [r.replaced(max_tokens=40) for r in requests[3:6]]
+    drafter.size_trees_by(seconds)
+    try:
+        actual = engines.get(target, head, {}).run(requests)
+    finally:
+        drafter.size_trees_by(measured)
+    assert_same(baseline(requests), actual, requests)
+    assert {kept for running, _, kept in grown if running == 3} == {5}
+    assert {(tried, kept) for running, tried, kept in grown if running == 12} == {
+        (0, 0)
+    }

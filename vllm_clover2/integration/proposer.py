@@ -183,8 +183,7 @@ class Clover2Proposer(EagleProposer):
         seconds = torch.tensor([draft + passed for passed in target])
         seconds = get_tp_group().broadcast(seconds.to(self.device))
         table = step_seconds(rows, seconds.tolist(), self.max_num_tokens)
-        self.step_seconds = table.to(self.device)
-        self._least_probability = least_worth_verifying(table, self.max_batch_size)
+        self.size_trees_by(table)
         logger.info(
             "clover2: a step takes %s",
             ", ".join(
@@ -192,6 +191,11 @@ class Clover2Proposer(EagleProposer):
                 for n in rows
             ),
         )
+
+    def size_trees_by(self, seconds: torch.Tensor) -> None:
+        """Let trees be adaptive; ``seconds`` [max_num_tokens + 1] is a step's time."""
+        self.step_seconds = seconds.to(self.device)
+        self._least_probability = least_worth_verifying(seconds, self.max_batch_size)
 
     def measure_parts(self, pass_rows: Callable[[int], Any]) -> dict[str, float]:
         """Seconds of the parts of one request's step, the names ending in their rows.
