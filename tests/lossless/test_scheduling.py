@@ -277,7 +277,9 @@ def test_requests_that_wait_for_budget_keep_their_drafts(
     assert commits.accepted > len(requests)
 
 
+@pytest.mark.parametrize("tree", [{}, {"tree": "chain"}], ids=["dynamic", "chain"])
 def test_load_decides_what_is_drafted(
+    tree: dict[str, str],
     engines: EnginePool,
     target: Path,
     head: Path,
@@ -285,7 +287,8 @@ def test_load_decides_what_is_drafted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Eight rows cost as much as one, each further row as much as these together."""
-    drafter = engines.get(target, head, {}).runner.drafter
+    engine = engines.get(target, head, tree)
+    drafter = engine.runner.drafter
     measured = drafter.step_seconds
     seconds = step_seconds([1, 8, 64], [1.0, 1.0, 57.0], drafter.max_num_tokens)
     grown: list[tuple[int, int, int]] = []  # of every step: requests, nodes tried, kept
@@ -302,7 +305,7 @@ def test_load_decides_what_is_drafted(
     requests[3:6] = [r.replaced(max_tokens=40) for r in requests[3:6]]
     drafter.size_trees_by(seconds)
     try:
-        actual = engines.get(target, head, {}).run(requests)
+        actual = engine.run(requests)
     finally:
         drafter.size_trees_by(measured)
     assert_same(baseline(requests), actual, requests)

@@ -24,7 +24,8 @@ from vllm_clover2.tree.budget import (
     sizes_worth_verifying,
     step_seconds,
 )
-from vllm_clover2.tree.growth import grow_dynamic, grow_static
+from vllm_clover2.tree.growth import DynamicTree, grow_dynamic, grow_static
+from vllm_clover2.tree.shapes import TreeShape
 from vllm_clover2.tree.types import GrownTrees
 
 _MIN_EXPANDED = 0.01
@@ -67,17 +68,19 @@ class Clover2Proposer(EagleProposer):
     ) -> None:
         super().__init__(vllm_config, device, runner)
         self.options = self.speculative_config.tree_options()
-        if self.options.tree == "dynamic":
-            self._dynamic_tree = self.options.dynamic_tree()
-            if device.type == "cpu" and get_tp_group().world_size == 1:
+        self._shape: TreeShape | DynamicTree
+        if self.options.has_fixed_shape:
+            self._shape = self.options.static_shape()
+        else:
+            self._shape = self.options.dynamic_tree()
+            on_cpu = device.type == "cpu" and get_tp_group().world_size == 1
+            if self.options.adaptive and on_cpu:
                 # Free to look at, and ranks cannot disagree.
-                self._dynamic_tree = dataclasses.replace(
-                    self._dynamic_tree,
+                self._shape = dataclasses.replace(
+                    self._shape,
                     min_expanded=_MIN_EXPANDED,
                     min_level_mass=_MIN_LEVEL_MASS,
                 )
-        else:
-            self._static_shape = self.options.static_shape()
         self.step_seconds: torch.Tensor | None = None  # by rows, see measure_step
         self._least_probability: list[float] = []  # by requests, with step_seconds
 
@@ -151,20 +154,16 @@ class Clover2Proposer(EagleProposer):
 
     def grow(self, hidden: torch.Tensor) -> GrownTrees:
         """Trees below the roots whose augmented states are ``hidden`` [n, hidden]."""
-        if self.options.tree != "dynamic":
-            return _of_first_rank(grow_static(self.model, hidden, self._static_shape))
-        if self.step_seconds is not None:
-            return self._grow_adaptive(hidden, self.step_seconds)
-        return _of_first_rank(grow_dynamic(self.model, hidden, self._dynamic_tree))
-
-    def _grow_adaptive(self, hidden: torch.Tensor, seconds: torch.Tensor) -> GrownTrees:
-        """Grow, and keep, no more than pays for so many requests."""
+        if isinstance(self._shape, TreeShape):
+            return _of_first_rank(grow_static(self.model, hidden, self._shape))
+        if self.step_seconds is None:
+            return _of_first_rank(grow_dynamic(self.model, hidden, self._shape))
         least = self._least_probability[len(hidden)]
         if least > 1.0:  # not even a certain node would pay
             return GrownTrees.empty(len(hidden), hidden.device)
-        tree = self._dynamic_tree.without_nodes_below(least)
+        tree = self._shape.without_nodes_below(least)
         trees = grow_dynamic(self.model, hidden, tree)
-        sizes = sizes_worth_verifying(trees, seconds)
+        sizes = sizes_worth_verifying(trees, self.step_seconds)
         return _of_first_rank(trees._replace(sizes=sizes))
 
     def measure_step(self, pass_rows: Callable[[int], Any]) -> None:
@@ -172,7 +171,7 @@ class Clover2Proposer(EagleProposer):
 
         ``pass_rows`` runs the target over so many rows, output head included.
         """
-        if self.options.tree != "dynamic" or not self.options.adaptive:
+        if self.options.has_fixed_shape or not self.options.adaptive:
             return
         rows = [n for n in (1, 4, 16, 64, 256) if n <= self.max_num_tokens]
         if len(rows) < 2:
@@ -204,13 +203,13 @@ class Clover2Proposer(EagleProposer):
         Attention has no KV to read here, in the target and in the draft.
         """
         hidden = self.hidden_states[:1]
-        if self.options.tree == "dynamic":
+        if isinstance(self._shape, TreeShape):
+            grow = functools.partial(self.grow, hidden)
+        else:
             tree = dataclasses.replace(
-                self._dynamic_tree, min_expanded=0.0, min_level_mass=0.0
+                self._shape, min_expanded=0.0, min_level_mass=0.0
             )
             grow = functools.partial(grow_dynamic, self.model, hidden, tree)
-        else:
-            grow = functools.partial(self.grow, hidden)
         rows = min(self.options.num_nodes + 1, self.max_num_tokens)
         parts: dict[str, Callable[[], Any]] = {
             "target_1": functools.partial(pass_rows, 1),

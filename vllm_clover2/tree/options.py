@@ -28,8 +28,9 @@ class TreeOptions(pydantic.BaseModel):
     # Clover-1 has 0.25, for budgets of a few nodes; with 25 it costs 8 % of the tokens
     # per step (SmolLM2-135M, greedy: 2.13 instead of 2.31).
     min_ratio: float = pydantic.Field(0.0, ge=0.0, le=1.0)
-    # Dynamic trees only: verify fewer nodes where they cost more than they yield (see
-    # tree.budget). Off: always num_speculative_tokens, if the tree has as many.
+    # Dynamic trees and chains: grow and verify fewer nodes where they cost more than
+    # they yield (see tree.budget). Off: always num_speculative_tokens, if the tree has
+    # as many.
     adaptive: bool = True
 
     @pydantic.model_validator(mode="after")
@@ -43,9 +44,14 @@ class TreeOptions(pydantic.BaseModel):
                     f"tried with top_k {self.top_k} and depth {self.depth}; found "
                     f"{self.num_nodes}: raise top_k or depth"
                 )
-        else:
+        elif self.has_fixed_shape:
             self.static_shape()
         return self
+
+    @property
+    def has_fixed_shape(self) -> bool:
+        """Whether every tree has the same nodes, whatever the draft thinks of them."""
+        return self.tree not in ("dynamic", "chain")
 
     @property
     def num_nodes(self) -> int:
@@ -59,22 +65,27 @@ class TreeOptions(pydantic.BaseModel):
     @property
     def max_depth(self) -> int:
         """Levels of the deepest tree."""
-        return self.depth if self.tree == "dynamic" else self.static_shape().depth
+        if self.has_fixed_shape:
+            return self.static_shape().depth
+        return self.dynamic_tree().depth
 
     def static_shape(self) -> shapes.TreeShape:
         """The static tree, cut to ``num_speculative_tokens`` nodes."""
-        if self.tree == "chain":
-            return shapes.chain(self.num_nodes)
         if self.tree == "static":
             return shapes.paper_tree().first(self.num_nodes)
         if isinstance(self.tree, list):
             return shapes.TreeShape.from_paths(self.tree).first(self.num_nodes)
-        raise ValueError("a dynamic tree has no fixed shape; use dynamic_tree()")
+        raise ValueError(f"{self.tree!r} has no fixed shape; use dynamic_tree()")
 
     def dynamic_tree(self) -> DynamicTree:
-        """The limits of a dynamic tree."""
-        if self.tree != "dynamic":
-            raise ValueError(f'tree must be "dynamic", found {self.tree!r}')
+        """The limits of a dynamic tree, or of a chain, which has one node a level."""
+        if self.has_fixed_shape:
+            raise ValueError(
+                f'tree must be "dynamic" or "chain", found {self.tree!r}; use '
+                "static_shape()"
+            )
+        if self.tree == "chain":
+            return DynamicTree(self.num_nodes, top_k=1, depth=self.num_nodes)
         return DynamicTree(
             self.num_nodes, self.top_k, self.depth, self.top_p, self.min_ratio
         )

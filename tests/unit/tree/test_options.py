@@ -14,15 +14,24 @@ def test_default_is_a_dynamic_tree_of_25_nodes() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "nodes"),
+    [({}, 5), ({"depth": 7}, 7), ({"num_speculative_tokens": 3}, 3)],
+    ids=["default", "depth", "nodes"],
+)
+def test_chain_is_a_dynamic_tree_with_one_node_a_level(given, nodes) -> None:
+    options = TreeOptions(tree="chain", **given)
+    assert options.num_nodes == options.max_depth == nodes
+    assert options.dynamic_tree() == DynamicTree(nodes, top_k=1, depth=nodes)
+
+
+@pytest.mark.parametrize(
     ("given", "nodes", "shape"),
     [
-        ({"tree": "chain"}, 5, chain(5)),
-        ({"tree": "chain", "num_speculative_tokens": 3}, 3, chain(3)),
         ({"tree": "static"}, 25, paper_tree()),
         ({"tree": "static", "num_speculative_tokens": 8}, 8, paper_tree().first(8)),
         ({"tree": [[0], [0, 0]]}, 2, chain(2)),
     ],
-    ids=["chain", "chain-3", "static", "static-8", "paths"],
+    ids=["static", "static-8", "paths"],
 )
 def test_static_shapes(given, nodes, shape) -> None:
     options = TreeOptions(**given)
@@ -54,5 +63,7 @@ def test_refused(given, message) -> None:
 def test_wrong_kind_of_tree() -> None:
     with pytest.raises(ValueError, match="no fixed shape"):
         TreeOptions().static_shape()
+    with pytest.raises(ValueError, match="no fixed shape"):
+        TreeOptions(tree="chain").static_shape()
     with pytest.raises(ValueError, match="must be"):
-        TreeOptions(tree="chain").dynamic_tree()
+        TreeOptions(tree="static").dynamic_tree()
