@@ -53,7 +53,7 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
     min_ratio: float | None = None
     """Children under this share of their likeliest sibling are dropped (dynamic)."""
     adaptive: bool | None = None
-    """Verify fewer nodes where they cost more than they yield (dynamic tree)."""
+    """Draft less, or nothing, where it costs more than it yields (dynamic, chain)."""
 
     def __post_init__(self) -> Any:
         self.num_speculative_tokens = self.tree_options().num_nodes
