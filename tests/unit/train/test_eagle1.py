@@ -8,27 +8,21 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from training_runs import ACCEPTANCE_FLOOR, acceptance, changed, run_until
 
 from vllm_clover2.model import Eagle1Config, Eagle1Model, Packing
 from vllm_clover2.model.eagle1 import load_eagle1, save_eagle1
-from vllm_clover2.train.config import EvaluateConfig, TrainConfig
+from vllm_clover2.train.config import TrainConfig
 from vllm_clover2.train.data import pack, read_answers
 from vllm_clover2.train.eagle1 import Eagle1Replay, new_eagle1
-from vllm_clover2.train.evaluate import evaluate, parse_tree
+from vllm_clover2.train.evaluate import parse_tree
 from vllm_clover2.train.hidden import Target
 from vllm_clover2.train.loop import Trainer, train
-
-# Accepted tokens a step, in a chain of 3.
-ACCEPTANCE_FLOOR = 1.0
 
 
 @pytest.fixture
 def eagle_config(tiny_config: TrainConfig) -> TrainConfig:
     return changed(tiny_config, architecture="eagle1", num_layers=1, num_draft_steps=1)
-
-
-def changed(config: TrainConfig, **values: object) -> TrainConfig:
-    return TrainConfig(**{**config.model_dump(), **values})
 
 
 def random_head(target: Target, draft_vocab_ids: list[int] | None) -> Eagle1Model:
@@ -119,19 +113,6 @@ def test_trees_equal_brute_force_over_paths(
     torch.testing.assert_close(grown.joint, expected.joint, atol=1e-4, rtol=0)
 
 
-def acceptance(config: TrainConfig, head: Path, tree: str = "chain:3") -> float:
-    result = evaluate(
-        EvaluateConfig(
-            target=config.target,
-            head=head,
-            answers=config.answers,
-            trees=[tree],
-            precision="fp32",
-        )
-    )
-    return float(result[tree]["accepted_per_step"])
-
-
 def test_training_raises_acceptance(eagle_config: TrainConfig) -> None:
     config = changed(eagle_config, steps=300, ema_decay=0.9, draft_vocab_size=40)
     untrained = train(
@@ -165,17 +146,7 @@ def test_resuming_inside_an_epoch_gives_the_same_weights(
     whole = changed(eagle_config, output=eagle_config.output / "whole", **settings)
     train(whole)
     halves = changed(whole, output=eagle_config.output / "halves", save_every=7)
-    first = Trainer(halves)
-    log = first._log
-
-    def interrupting(*arguments: object) -> str:
-        if first.step == 8:
-            raise KeyboardInterrupt
-        return log(*arguments)
-
-    first._log = interrupting
-    with pytest.raises(KeyboardInterrupt):
-        first.run()
+    run_until(Trainer(halves), 8)
     train(halves)
     expected = load_eagle1(whole.output / "head").state_dict()
     for name, tensor in load_eagle1(halves.output / "head").state_dict().items():

@@ -11,33 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from training_runs import ACCEPTANCE_FLOOR, acceptance, changed, run_until
 
 from vllm_clover2.model.weights import load_head
-from vllm_clover2.train.config import EvaluateConfig, TrainConfig
+from vllm_clover2.train.config import TrainConfig
 from vllm_clover2.train.data import pack
-from vllm_clover2.train.evaluate import evaluate
 from vllm_clover2.train.loop import Trainer, frequent_tokens, train
 from vllm_clover2.train.optimizers import lr_factor
-
-# A chain of depth 3, from 0.00 accepted tokens a step before training to about 2.0.
-ACCEPTANCE_FLOOR = 1.0
-
-
-def changed(config: TrainConfig, **values: object) -> TrainConfig:
-    return TrainConfig(**{**config.model_dump(), **values})
-
-
-def accepted_per_step(config: TrainConfig, head: Path) -> float:
-    result = evaluate(
-        EvaluateConfig(
-            target=config.target,
-            head=head,
-            answers=config.answers,
-            trees=["chain:3"],
-            precision="fp32",
-        )
-    )
-    return float(result["chain:3"]["accepted_per_step"])
 
 
 def test_training_raises_acceptance(tiny_config: TrainConfig) -> None:
@@ -51,9 +31,9 @@ def test_training_raises_acceptance(tiny_config: TrainConfig) -> None:
             output=config.output / "untrained",
         )
     )
-    before = accepted_per_step(config, untrained)
+    before = acceptance(config, untrained)
     head = train(config)
-    after = accepted_per_step(config, head)
+    after = acceptance(config, head)
     assert after > max(ACCEPTANCE_FLOOR, before + 0.5), (before, after)
 
     model = load_head(head)
@@ -82,9 +62,7 @@ def test_resuming_inside_an_epoch_gives_the_same_weights(
 
     halves = changed(whole, output=tiny_config.output / "halves", save_every=7)
     first = Trainer(halves)
-    first._log = stop_at(first, 8, first._log)  # type: ignore[method-assign] # noqa: SLF001
-    with pytest.raises(KeyboardInterrupt):
-        first.run()
+    run_until(first, 8)
     assert first.run_directory.latest().name == "step-0000007"
     train(halves)
 
@@ -107,17 +85,6 @@ def test_a_run_in_several_pieces_of_time_gives_the_same_weights(
     expected = load_head(whole.output / "head").state_dict()
     for name, tensor in load_head(pieces.output / "head").state_dict().items():
         assert torch.equal(tensor, expected[name]), name
-
-
-def stop_at(trainer: Trainer, step: int, log: object) -> object:
-    """A `_log` that interrupts the run, as a user would."""
-
-    def interrupting(*arguments: object) -> str:
-        if trainer.step == step:
-            raise KeyboardInterrupt
-        return log(*arguments)  # type: ignore[operator]
-
-    return interrupting
 
 
 def test_cached_hidden_states_change_nothing(tiny_config: TrainConfig) -> None:
