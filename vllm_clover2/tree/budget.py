@@ -5,7 +5,8 @@ A verified node costs time whether it is accepted or not. With one request a tar
 pass is bound by reading weights and more rows are nearly free; with many requests
 every row counts, and the right number of nodes falls, in the end to none. Nodes are
 therefore taken in the order of their joint probability over the whole batch, as many
-as maximise the expected tokens per second of the next step.
+as maximise the expected tokens per second of the next step. Nodes that cannot be among
+these are not even grown, which for many requests would take as long as verifying.
 """
 
 from collections.abc import Sequence
