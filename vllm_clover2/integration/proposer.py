@@ -155,16 +155,18 @@ class Clover2Proposer(EagleProposer):
     def grow(self, hidden: torch.Tensor) -> GrownTrees:
         """Trees below the roots whose augmented states are ``hidden`` [n, hidden]."""
         if isinstance(self._shape, TreeShape):
-            return _of_first_rank(grow_static(self.model, hidden, self._shape))
-        if self.step_seconds is None:
-            return _of_first_rank(grow_dynamic(self.model, hidden, self._shape))
-        least = self._least_probability[len(hidden)]
-        if least > 1.0:  # not even a certain node would pay
-            return GrownTrees.empty(len(hidden), hidden.device)
-        tree = self._shape.without_nodes_below(least)
-        trees = grow_dynamic(self.model, hidden, tree)
-        sizes = sizes_worth_verifying(trees, self.step_seconds)
-        return _of_first_rank(trees._replace(sizes=sizes))
+            trees = grow_static(self.model, hidden, self._shape)
+        elif self.step_seconds is None:
+            trees = grow_dynamic(self.model, hidden, self._shape)
+        else:
+            least = self._least_probability[len(hidden)]
+            if least > 1.0:  # not even a certain node would pay
+                return GrownTrees.empty(len(hidden), hidden.device)
+            tree = self._shape.without_nodes_below(least)
+            trees = grow_dynamic(self.model, hidden, tree)
+            sizes = sizes_worth_verifying(trees, self.step_seconds)
+            trees = trees._replace(sizes=sizes)
+        return _of_first_rank(trees)
 
     def measure_step(self, pass_rows: Callable[[int], Any]) -> None:
         """Measure what a step costs by its rows, for adaptive trees.
@@ -206,9 +208,7 @@ class Clover2Proposer(EagleProposer):
         if isinstance(self._shape, TreeShape):
             grow = functools.partial(self.grow, hidden)
         else:
-            tree = dataclasses.replace(
-                self._shape, min_expanded=0.0, min_level_mass=0.0
-            )
+            tree = self.options.dynamic_tree()
             grow = functools.partial(grow_dynamic, self.model, hidden, tree)
         rows = min(self.options.num_nodes + 1, self.max_num_tokens)
         parts: dict[str, Callable[[], Any]] = {

@@ -54,8 +54,7 @@ class DynamicTree:
         A level's nodes exclude each other, so at most 1 / ``joint`` of them count, and
         no node below it can have a child that does.
         """
-        fits = joint * self.top_k <= 1.0
-        top_k = self.top_k if fits else max(1, int(1.0 / joint))
+        top_k = min(self.top_k, max(1, int(1.0 / joint))) if joint else self.top_k
         looks = self.min_expanded > 0.0
         min_expanded = max(self.min_expanded, joint) if looks else 0.0
         return dataclasses.replace(self, top_k=top_k, min_expanded=min_expanded)
