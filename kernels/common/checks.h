@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "context_limits.h"
 #include "kv_layout.h"
 
 namespace clover2 {
@@ -129,6 +130,41 @@ inline int64_t check_commit_kv(const std::vector<Tensor>& kv_caches,
                     "all kv_caches must have one dtype");
   }
   return requests;
+}
+
+inline void check_context_limits(const ContextLimits& limits) {
+  const auto between = [](int64_t value, const char* name, int64_t low,
+                          int64_t high) {
+    STD_TORCH_CHECK(value >= low && value <= high, name, " must be between ",
+                    low, " and ", high, ", found ", value);
+  };
+  between(limits.max_match, "max_match", 1, kMaxContextMatch);
+  between(limits.min_match, "min_match", 1, limits.max_match);
+  between(limits.max_places, "max_places", 1, kMaxContextPlaces);
+  between(limits.max_depth, "max_depth", 1, kMaxContextDepth);
+  between(limits.max_nodes, "max_nodes", 1, kMaxContextNodes);
+}
+
+// Returns the number of requests.
+inline int64_t check_context_nodes(const Tensor& history,
+                                   const Tensor& requests,
+                                   const Tensor& lengths,
+                                   const ContextLimits& limits) {
+  STD_TORCH_CHECK(
+      history.scalar_type() == ScalarType::Int && history.dim() == 2,
+      "history must be int32 [slots, width], found ", history.dim(),
+      " dimensions");
+  STD_TORCH_CHECK(history.size(1) <= 1 || history.stride(1) == 1,
+                  "rows of history must be contiguous, found stride ",
+                  history.stride(1), " between tokens");
+  STD_TORCH_CHECK(history.size(1) <= INT32_MAX, "rows of history must have at "
+                  "most ", INT32_MAX, " tokens, found ", history.size(1));
+  STD_TORCH_CHECK(requests.dim() == 1, "requests must be a vector, found ",
+                  requests.dim(), " dimensions");
+  check_vector(requests, "requests", ScalarType::Int, requests.size(0));
+  check_vector(lengths, "lengths", ScalarType::Int, requests.size(0));
+  check_context_limits(limits);
+  return requests.size(0);
 }
 
 }  // namespace clover2

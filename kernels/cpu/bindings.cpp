@@ -13,4 +13,5 @@ STABLE_TORCH_LIBRARY_IMPL(clover2, CPU, library) {
   library.impl("tree_attention", TORCH_BOX(&clover2::cpu::tree_attention));
   library.impl("tree_accept", TORCH_BOX(&clover2::cpu::tree_accept));
   library.impl("commit_kv", TORCH_BOX(&clover2::cpu::commit_kv));
+  library.impl("context_nodes", TORCH_BOX(&clover2::cpu::context_nodes));
 }

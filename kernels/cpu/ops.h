@@ -29,4 +29,9 @@ void commit_kv(std::vector<Tensor> kv_caches, int64_t layout,
                const Tensor& block_table, const Tensor& prefix_lens,
                const Tensor& paths, const Tensor& lengths);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> context_nodes(
+    const Tensor& history, const Tensor& requests, const Tensor& lengths,
+    int64_t min_match, int64_t max_match, int64_t max_places, int64_t max_depth,
+    int64_t max_nodes);
+
 }  // namespace clover2::cpu

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops of tree verification: attention over a tree, accept, commit.
+"""The ops of drafting from the text and of verification: attend, accept, commit.
 
 Call them through the functions here. A compiled kernel runs where the library has one
 for the tensors' device, the pure-torch reference elsewhere, or everywhere with
@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -17,9 +18,11 @@ from vllm_clover2.ops import reference, schema
 from vllm_clover2.ops.layout import KVLayout
 
 __all__ = [
+    "ContextNodes",
     "KVLayout",
     "backend",
     "commit_kv",
+    "context_nodes",
     "library_path",
     "tree_accept",
     "tree_attention",
@@ -79,12 +82,32 @@ def _fake_tree_accept(
     )
 
 
+def _fake_context_nodes(
+    history: torch.Tensor,
+    requests: torch.Tensor,
+    lengths: torch.Tensor,
+    min_match: int,
+    max_match: int,
+    max_places: int,
+    max_depth: int,
+    max_nodes: int,
+) -> tuple[torch.Tensor, ...]:
+    del lengths, min_match, max_match, max_places, max_depth
+    shape = (requests.shape[0], max_nodes)
+    return (
+        history.new_empty(shape, dtype=torch.int64),
+        *(history.new_empty(shape, dtype=torch.int32) for _ in range(4)),
+        history.new_empty(shape[:1], dtype=torch.int32),
+    )
+
+
 _LIBRARY = schema.register(
     {name: getattr(reference, name) for name in schema.SCHEMAS},
     {
         "tree_attention": _fake_nothing,
         "tree_accept": _fake_tree_accept,
         "commit_kv": _fake_nothing,
+        "context_nodes": _fake_context_nodes,
     },
 )
 _WHY_REFERENCE = _load()
@@ -144,3 +167,44 @@ def commit_kv(
     torch.ops.clover2.commit_kv.default(
         kv_caches, int(layout), block_table, prefix_lens, paths, lengths
     )
+
+
+class ContextNodes(NamedTuple):
+    """One trie per request, nodes in the order of their creation.
+
+    A parent stands before its children. Rows count the root: it is row 0, node i is
+    row i + 1.
+    """
+
+    tokens: torch.Tensor  # [R, max_nodes] int64, -1 padded
+    parents: torch.Tensor  # [R, max_nodes] int32, rows, 0 padded
+    depths: torch.Tensor  # [R, max_nodes] int32, from 1, 0 padded
+    matches: torch.Tensor  # [R, max_nodes] int32, longest match of a place, 0 padded
+    places: torch.Tensor  # [R, max_nodes] int32, places through the node, 0 padded
+    sizes: torch.Tensor  # [R] int32, nodes
+
+
+def context_nodes(
+    history: torch.Tensor,  # [slots, width] int32, rows contiguous
+    requests: torch.Tensor,  # [R] int32, rows of history
+    lengths: torch.Tensor,  # [R] int32, known tokens; the last is the root
+    min_match: int,  # 1 .. max_match
+    max_match: int,  # to 64
+    max_places: int,  # 1 .. 64
+    max_depth: int,  # 1 .. 63
+    max_nodes: int,  # 1 .. 128
+) -> ContextNodes:
+    """What followed earlier occurrences of each text's last tokens, as a trie.
+
+    Of the places where at least ``min_match`` last tokens occur before, the
+    ``max_places`` with the longest match, the most recent first, are followed for up
+    to ``max_depth`` tokens each, but no more than twice their match. On CUDA nothing
+    is found for a request whose row or length is outside ``history``; elsewhere that
+    is an error.
+    """
+    return ContextNodes(
+        *torch.ops.clover2.context_nodes.default(
+            history, requests, lengths, min_match, max_match, max_places, max_depth,
+            max_nodes,
+        )
+    )  # fmt: skip

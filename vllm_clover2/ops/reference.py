@@ -155,3 +155,90 @@ def commit_kv(
         # Read everything before the first write: the ranges may overlap.
         keys, values = read_tokens(cache, KVLayout(layout), slots(source))
         write_tokens(cache, KVLayout(layout), slots(destination), keys, values)
+
+
+def context_nodes(
+    history: torch.Tensor,  # [slots, width] int32
+    requests: torch.Tensor,  # [R] int32, rows of history
+    lengths: torch.Tensor,  # [R] int32, known tokens
+    min_match: int,
+    max_match: int,
+    max_places: int,
+    max_depth: int,
+    max_nodes: int,
+) -> tuple[torch.Tensor, ...]:
+    """What followed earlier occurrences of each text's last tokens, as a trie.
+
+    Place j of a text of n tokens is an earlier position of its last token; it matches
+    as many tokens as are equal up to j and up to n - 1, at most ``max_match``. Places
+    that match ``min_match`` or more are taken by length of match, the longest first,
+    the most recent of equal ones first, ``max_places`` of them. What follows a place
+    that matches m tokens, up to ``2 * m`` tokens, becomes a path from the root.
+
+    Returns, per request and node in the order of creation, tokens [R, max_nodes] int64
+    (-1 after the last), and as int32 [R, max_nodes] (0 after the last) parents (row
+    numbers: 0 the root, i + 1 node i), depths (from 1), the longest match of the places
+    through the node and the number of these places; and the numbers of nodes [R] int32.
+
+    Raises:
+        ValueError: A row or a length is outside ``history``.
+    """
+    slots, width = history.shape
+    shape = (requests.shape[0], max_nodes)
+    columns = [history.new_zeros(shape) for _ in range(4)]
+    tokens = history.new_full(shape, -1, dtype=torch.int64)
+    sizes = []
+    for i, (slot, length) in enumerate(
+        zip(requests.tolist(), lengths.tolist(), strict=True)
+    ):
+        if not (0 <= slot < slots and 0 <= length <= width):
+            raise ValueError(
+                f"request {i} must be a row of history {[slots, width]} and at most "
+                f"that wide, found row {slot}, length {length}"
+            )
+        text = history[slot, :length].tolist()
+        ordered = _matching_places(text, min_match, max_match)[:max_places]
+        nodes = _continuations(text, ordered, max_depth, max_nodes)
+        sizes.append(len(nodes))
+        for column, values in zip((tokens, *columns), zip(*nodes), strict=False):
+            column[i, : len(nodes)] = column.new_tensor(values)
+    return tokens, *columns, lengths.new_tensor(sizes)
+
+
+def _matching_places(
+    text: list[int], min_match: int, max_match: int
+) -> list[tuple[int, int]]:
+    """Lengths of match and positions of all places that count, the best first."""
+    places = []
+    for place in range(len(text) - 1):
+        limit = min(max_match, place + 1)
+        match = 0
+        while match < limit and text[place - match] == text[-1 - match]:
+            match += 1
+        if match >= min_match:
+            places.append((match, place))
+    return sorted(places, reverse=True)
+
+
+def _continuations(
+    text: list[int],
+    places: list[tuple[int, int]],  # length of match, position
+    max_depth: int,
+    max_nodes: int,
+) -> list[list[int]]:
+    """Nodes [token, parent row, depth, longest match, places] of the trie."""
+    nodes: list[list[int]] = []
+    row_of: dict[tuple[int, int], int] = {}  # (parent row, token): row
+    for match, place in places:
+        row = 0
+        followers = text[place + 1 : place + 1 + min(max_depth, 2 * match)]
+        for depth, token in enumerate(followers, start=1):
+            child = row_of.get((row, token))
+            if child is None:
+                if len(nodes) == max_nodes:
+                    break
+                nodes.append([token, row, depth, match, 0])
+                child = row_of[row, token] = len(nodes)
+            nodes[child - 1][4] += 1
+            row = child
+    return nodes

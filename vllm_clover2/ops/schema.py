@@ -28,6 +28,12 @@ SCHEMAS: dict[str, str] = {
         "(Tensor(a!)[] kv_caches, int layout, Tensor block_table, "
         "Tensor prefix_lens, Tensor paths, Tensor lengths) -> ()"
     ),
+    "context_nodes": (
+        "(Tensor history, Tensor requests, Tensor lengths, int min_match, "
+        "int max_match, int max_places, int max_depth, int max_nodes) -> "
+        "(Tensor tokens, Tensor parents, Tensor depths, Tensor matches, "
+        "Tensor places, Tensor sizes)"
+    ),
 }
 
 
