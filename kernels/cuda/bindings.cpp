@@ -285,6 +285,52 @@ void commit_kv(std::vector<Tensor> kv_caches, int64_t layout,
   }
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> context_nodes(
+    const Tensor& history, const Tensor& requests, const Tensor& lengths,
+    int64_t min_match, int64_t max_match, int64_t max_places, int64_t max_depth,
+    int64_t max_nodes) {
+  const ContextLimits limits{min_match, max_match, max_places, max_depth,
+                             max_nodes};
+  const int64_t count = check_context_nodes(history, requests, lengths, limits);
+  const int32_t device = history.get_device_index();
+  check_device(history, "history", device);
+  check_device(requests, "requests", device);
+  check_device(lengths, "lengths", device);
+  const DeviceGuard guard(device);
+  const auto column = [&](ScalarType dtype) {
+    return torch::stable::new_empty(history, {count, max_nodes}, dtype);
+  };
+  Tensor tokens = column(ScalarType::Long);
+  Tensor parents = column(ScalarType::Int);
+  Tensor depths = column(ScalarType::Int);
+  Tensor matches = column(ScalarType::Int);
+  Tensor places = column(ScalarType::Int);
+  Tensor sizes = torch::stable::new_empty(history, {count}, ScalarType::Int);
+
+  ContextNodesParams params{};
+  params.history = static_cast<const int32_t*>(history.data_ptr());
+  params.requests = static_cast<const int32_t*>(requests.data_ptr());
+  params.lengths = static_cast<const int32_t*>(lengths.data_ptr());
+  params.tokens = static_cast<int64_t*>(tokens.data_ptr());
+  params.parents = static_cast<int32_t*>(parents.data_ptr());
+  params.depths = static_cast<int32_t*>(depths.data_ptr());
+  params.matches = static_cast<int32_t*>(matches.data_ptr());
+  params.places = static_cast<int32_t*>(places.data_ptr());
+  params.sizes = static_cast<int32_t*>(sizes.data_ptr());
+  params.slot_stride = history.stride(0);
+  params.num_requests = static_cast<int>(count);
+  params.slots = static_cast<int>(history.size(0));
+  params.width = static_cast<int>(history.size(1));
+  params.min_match = static_cast<int>(min_match);
+  params.max_match = static_cast<int>(max_match);
+  params.max_places = static_cast<int>(max_places);
+  params.max_depth = static_cast<int>(max_depth);
+  params.max_nodes = static_cast<int>(max_nodes);
+  check_launch(launch_context_nodes(params, current_stream(device)),
+               "context_nodes");
+  return {tokens, parents, depths, matches, places, sizes};
+}
+
 }  // namespace
 }  // namespace clover2
 
@@ -292,4 +338,5 @@ STABLE_TORCH_LIBRARY_IMPL(clover2, CUDA, library) {
   library.impl("tree_attention", TORCH_BOX(&clover2::tree_attention));
   library.impl("tree_accept", TORCH_BOX(&clover2::tree_accept));
   library.impl("commit_kv", TORCH_BOX(&clover2::commit_kv));
+  library.impl("context_nodes", TORCH_BOX(&clover2::context_nodes));
 }

@@ -30,6 +30,7 @@ from random_cases import (
     accept_case,
     attention_case,
     commit_case,
+    context_case,
 )
 from timing import Timing, time_all
 
@@ -209,6 +210,26 @@ def check_commit(reference: types.ModuleType) -> list[dict[str, object]]:
     return results
 
 
+def check_context(reference: types.ModuleType) -> list[dict[str, object]]:
+    """Exact on loops, on few long matches and on texts of many tiles."""
+    results = []
+    for lengths in ([0, 1, 2, 500, 4096, 4097, 4098], [30000], [700] * 40):
+        for vocabulary, copied in ((1, 0), (2, 0), (30, 5), (50000, 100)):
+            for limits in ((1, 64, 64, 63, 128), (2, 16, 16, 10, 32), (3, 4, 1, 1, 1)):
+                case = context_case(lengths, vocabulary, SEED, copied)
+                expected = reference.context_nodes(*vars(case).values(), *limits)
+                found = torch.ops.clover2.context_nodes(
+                    *vars(case.to("cuda")).values(), *limits
+                )
+                equal = all(
+                    torch.equal(one.cpu(), other)
+                    for one, other in zip(found, expected, strict=True)
+                )
+                name = f"lengths {lengths[:7]} of {vocabulary} tokens, limits {limits}"
+                results.append({"op": "context_nodes", "case": name, "ok": equal})
+    return results
+
+
 def provenance() -> dict[str, object]:
     """What a reader needs to make the numbers again."""
     sha = subprocess.run(
@@ -258,6 +279,7 @@ def main() -> int:
         *check_attention(reference),
         *check_accept(reference),
         *check_commit(reference),
+        *check_context(reference),
     ]
     wrong = [check for check in checks if not check["ok"]]
     for check in wrong:

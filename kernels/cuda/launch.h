@@ -10,6 +10,8 @@
 
 #include <cstdint>
 
+#include "common/context_limits.h"
+
 namespace clover2 {
 
 enum class AttentionType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
@@ -86,5 +88,22 @@ struct CommitKvParams {
 };
 
 int launch_commit_kv(const CommitKvParams& params, void* stream);
+
+struct ContextNodesParams {
+  const int32_t* history;   // [slots, width]
+  const int32_t* requests;  // [num_requests]
+  const int32_t* lengths;   // [num_requests]
+  int64_t* tokens;          // [num_requests, max_nodes], as the next four
+  int32_t* parents;
+  int32_t* depths;
+  int32_t* matches;
+  int32_t* places;
+  int32_t* sizes;  // [num_requests]
+  int64_t slot_stride;
+  int num_requests, slots, width;
+  int min_match, max_match, max_places, max_depth, max_nodes;
+};
+
+int launch_context_nodes(const ContextNodesParams& params, void* stream);
 
 }  // namespace clover2

@@ -207,3 +207,46 @@ def commit_case(
         paths,
         torch.tensor(lengths, dtype=torch.int32),
     )
+
+
+@dataclass(frozen=True)
+class ContextCase:
+    """The tensor arguments of context_nodes."""
+
+    history: torch.Tensor  # [slots, width] int32
+    requests: torch.Tensor  # [R] int32
+    lengths: torch.Tensor  # [R] int32
+
+    def to(self, device: str) -> "ContextCase":
+        """The same case on a device, its history in a wider tensor."""
+        slots, width = self.history.shape
+        wide = self.history.new_zeros(slots, width + 3, device=device)
+        wide[:, 2:-1] = self.history
+        return ContextCase(
+            wide[:, 2:-1], self.requests.to(device), self.lengths.to(device)
+        )
+
+
+def context_case(
+    lengths: list[int], vocabulary: int, seed: int = 0, copied: int = 0
+) -> ContextCase:
+    """Random texts in shuffled rows, one row more than there are requests.
+
+    Over the rest of each text its last 8 tokens are copied ``copied`` times, cut off
+    at random, so that few places match long in texts of many different tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    slots, width = len(lengths) + 1, max([*lengths, 1]) + 5
+    history = torch.randint(
+        vocabulary, (slots, width), generator=generator, dtype=torch.int32
+    )
+    requests = torch.randperm(slots, generator=generator)[: len(lengths)]
+    for slot, length in zip(requests.tolist(), lengths, strict=True):
+        suffix = history[slot, max(0, length - 8) : length].clone()
+        for _ in range(copied if length > 16 else 0):
+            first = int(torch.randint(8, (), generator=generator))
+            start = int(torch.randint(length - 16, (), generator=generator))
+            history[slot, start : start + 8 - first] = suffix[first:]
+    return ContextCase(
+        history, requests.int(), torch.tensor(lengths, dtype=torch.int32)
+    )

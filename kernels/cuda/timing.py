@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
-from random_cases import ancestor_words, random_parents
+from random_cases import ancestor_words, context_case, random_parents
 
 REPLAYS = 20
 # Input sets together fill the L2 cache this many times over, within a memory budget.
@@ -286,6 +286,15 @@ def time_accept(requests: int) -> Timing:
     return Timing(f"tree_accept {requests} requests, {rows} rows", "clover2", taken)
 
 
+def time_context(requests: int, length: int) -> Timing:
+    """context_nodes of texts in which 20 places match."""
+    case = context_case([length] * requests, 50000, copied=20).to("cuda")
+    arguments = (*vars(case).values(), 2, 16, 16, 10, 32)
+    taken = time_calls([lambda: torch.ops.clover2.context_nodes(*arguments)])
+    name = f"context_nodes {requests} requests, {length} tokens"
+    return Timing(name, "clover2", taken, requests * length * 4 / taken / 1e3)
+
+
 def time_all(quick: bool) -> tuple[float, list[Timing]]:
     """The copy bandwidth in GB/s and all timings."""
     copy = copy_bandwidth()
@@ -295,4 +304,8 @@ def time_all(quick: bool) -> tuple[float, list[Timing]]:
         torch.cuda.empty_cache()
     results += [time_commit(requests, 32, 4, copy) for requests in (1, 8, 64)]
     results += [time_accept(requests) for requests in (1, 64, 512)]
+    results += [
+        time_context(requests, length)
+        for requests, length in ((1, 2000), (8, 2000), (64, 2000), (1, 131072))
+    ]
     return copy, results

@@ -25,9 +25,11 @@ sys.path.insert(0, str(REPO / "kernels" / "cuda"))
 from random_cases import (  # noqa: E402
     AttentionCase,
     CommitCase,
+    ContextCase,
     accept_case,
     attention_case,
     commit_case,
+    context_case,
 )
 
 # Probabilities and output are rounded to the type; values are about 1, sums of float32
@@ -290,6 +292,70 @@ def test_commit_of_layers_with_different_strides(gpu):
         assert torch.equal(as_bytes(found), as_bytes(wanted))
 
 
+def check_context(gpu: Gpu, case: ContextCase, *limits: int) -> None:
+    expected = reference.context_nodes(*vars(case).values(), *limits)
+    found = gpu.ops.context_nodes(*vars(case.to(gpu.device)).values(), *limits)
+    for result, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(result.cpu(), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 3, 12])
+@pytest.mark.parametrize("min_match", [1, 3])
+@pytest.mark.parametrize("max_places", [1, 4, 33, 64])
+@pytest.mark.parametrize("max_nodes", [1, 5, 128])
+def test_context_equals_the_reference(
+    gpu, thread_order, vocabulary, min_match, max_places, max_nodes
+):
+    case = context_case([0, 1, 2, 3, 31, 32, 33, 300, 700], vocabulary, vocabulary)
+    check_context(gpu, case, min_match, 8, max_places, 9, max_nodes)
+    check_context(gpu, case, min_match, 64, max_places, 63, max_nodes)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 30, 5000])
+@pytest.mark.parametrize("copied", [1, 100])
+def test_context_of_several_tiles(gpu, thread_order, vocabulary, copied):
+    """Places in tiles of 4,096 positions, at their borders and before the last."""
+    case = context_case([4096, 4097, 4098, 13000], vocabulary, 1, copied)
+    check_context(gpu, case, 1, 64, 64, 63, 128)
+    check_context(gpu, case, 2, 5, 16, 10, 32)
+    check_context(gpu, case, 4, 64, 3, 10, 32)
+
+
+def test_context_outside_the_history_is_empty(gpu):
+    """A kernel cannot raise; the request beside them is served."""
+    case = context_case([50] * 5, 2)
+    one, *others = case.requests.tolist()
+    requests = torch.tensor([one, -1, 6, *others[:2]], dtype=torch.int32)
+    lengths = torch.tensor([50, 50, 50, -1, 56], dtype=torch.int32)
+    case = replace(case, requests=requests, lengths=lengths).to(gpu.device)
+    found = gpu.ops.context_nodes(*vars(case).values(), 1, 8, 4, 5, 6)
+    assert found[5].tolist()[0] > 0
+    assert found[5].tolist()[1:] == [0] * 4
+    assert found[0].cpu()[1:].eq(-1).all()
+    assert not any(column.cpu()[1:].any() for column in found[1:5])
+
+
+def test_context_of_an_empty_batch(gpu):
+    case = context_case([], 2).to(gpu.device)
+    found = gpu.ops.context_nodes(*vars(case).values(), 1, 8, 4, 5, 6)
+    assert [result.shape for result in found] == [(0, 6)] * 5 + [(0,)]
+
+
+@pytest.mark.requires_cuda
+@pytest.mark.parametrize("gpu", ["cuda"], indirect=True)
+def test_context_in_a_cuda_graph(gpu):
+    case = context_case([700, 5000], 5000, copied=30).to("cuda")
+    arguments = (*vars(case).values(), 2, 16, 16, 10, 32)
+    expected = [result.clone() for result in gpu.ops.context_nodes(*arguments)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = gpu.ops.context_nodes(*arguments)
+    for result in found:
+        result.fill_(-7)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.requires_cuda
 @pytest.mark.parametrize("gpu", ["cuda"], indirect=True)
 def test_opcheck_on_the_gpu(gpu):
@@ -301,6 +367,10 @@ def test_opcheck_on_the_gpu(gpu):
     )
     torch.library.opcheck(gpu.ops.tree_accept.default, (*vars(accept).values(), 5))
     torch.library.opcheck(gpu.ops.commit_kv.default, commit_arguments(commit))
+    context = context_case([40, 9], 2).to("cuda")
+    torch.library.opcheck(
+        gpu.ops.context_nodes.default, (*vars(context).values(), 1, 8, 4, 5, 6)
+    )
 
 
 @pytest.mark.requires_cuda

@@ -56,10 +56,24 @@ def commit_arguments() -> dict:
     }
 
 
+def context_arguments() -> dict:
+    return {
+        "history": torch.tensor([[1, 2, 3, 1, 2], [4, 4, 4, 0, 0]], dtype=torch.int32),
+        "requests": torch.tensor([1, 0], dtype=torch.int32),
+        "lengths": torch.tensor([3, 5], dtype=torch.int32),
+        "min_match": 1,
+        "max_match": 8,
+        "max_places": 4,
+        "max_depth": 5,
+        "max_nodes": 6,
+    }
+
+
 ARGUMENTS = {
     "tree_attention": attention_arguments,
     "tree_accept": accept_arguments,
     "commit_kv": commit_arguments,
+    "context_nodes": context_arguments,
 }
 
 
@@ -111,6 +125,21 @@ def test_compiled_kernels_are_registered() -> None:
             {"kv_caches": [torch.zeros(4, 2, 32, 64), torch.zeros(4, 2, 32, 32)]},
             "one shape",
         ),
+        ("context_nodes", {"history": torch.zeros(2, 5).long()}, "must be int32"),
+        ("context_nodes", {"history": torch.zeros(5).int()}, "found 1 dimensions"),
+        ("context_nodes", {"history": torch.zeros(5, 2).int().t()}, "contiguous"),
+        ("context_nodes", {"requests": torch.zeros(2).long()}, "requests must be int"),
+        ("context_nodes", {"requests": torch.zeros(2, 1).int()}, "must be a vector"),
+        ("context_nodes", {"requests": torch.tensor([0, 2]).int()}, "one of the 2"),
+        ("context_nodes", {"lengths": torch.zeros(3).int()}, "must have 2 elements"),
+        ("context_nodes", {"lengths": torch.tensor([3, 6]).int()}, "0 and 5, the wid"),
+        ("context_nodes", {"min_match": 0}, "min_match must be between 1 and 8"),
+        ("context_nodes", {"min_match": 9}, "min_match must be between 1 and 8"),
+        ("context_nodes", {"max_match": 65}, "max_match must be between 1 and 64"),
+        ("context_nodes", {"max_places": 65}, "max_places must be between 1 and 64"),
+        ("context_nodes", {"max_depth": 64}, "max_depth must be between 1 and 63"),
+        ("context_nodes", {"max_nodes": 0}, "max_nodes must be between 1 and 128"),
+        ("context_nodes", {"max_nodes": 129}, "max_nodes must be between 1 and 128"),
     ],
 )
 def test_native_kernels_check_their_arguments(name, changes, message) -> None:
@@ -147,3 +176,8 @@ def test_wrappers_call_the_ops() -> None:
     before = [cache.clone() for cache in moved["kv_caches"]]
     ops.commit_kv(**moved | {"layout": KVLayout.VEC})
     assert not any(torch.equal(a, b) for a, b in zip(moved["kv_caches"], before))
+    nodes = ops.context_nodes(**context_arguments())
+    by_op = torch.ops.clover2.context_nodes(**context_arguments())
+    assert all(torch.equal(a, b) for a, b in zip(nodes, by_op))
+    assert nodes.tokens[0].tolist() == [4, 4, -1, -1, -1, -1]
+    assert nodes.sizes.tolist() == [2, 3]

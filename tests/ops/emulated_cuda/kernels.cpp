@@ -29,6 +29,7 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t,
 
 #include "cuda/bindings.cpp"
 #include "cuda/commit_kv.cu"
+#include "cuda/context_nodes.cu"
 #include "cuda/tree_accept.cu"
 #include "cuda/tree_attention.cu"
 
