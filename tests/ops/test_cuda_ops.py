@@ -314,23 +314,37 @@ def test_context_equals_the_reference(
 @pytest.mark.parametrize("vocabulary", [1, 2, 30, 5000])
 @pytest.mark.parametrize("copied", [1, 100])
 def test_context_of_several_tiles(gpu, thread_order, vocabulary, copied):
-    """Places in tiles of 4,096 positions, at their borders and before the last."""
+    """Tiles are 4,096 positions, which the last token is not one of."""
     case = context_case([4096, 4097, 4098, 13000], vocabulary, 1, copied)
     check_context(gpu, case, 1, 64, 64, 63, 128)
     check_context(gpu, case, 2, 5, 16, 10, 32)
     check_context(gpu, case, 4, 64, 3, 10, 32)
 
 
+def test_context_at_tile_borders(gpu, thread_order):
+    """Every place is found once, on both sides of a border."""
+    distances = torch.tensor([1, 4095, 4096, 4097, 4098, 8191, 8192, 8193, 8194, 8999])
+    history = torch.arange(9000, dtype=torch.int32)[None] + 100
+    history[0, 8999 - distances] = history[0, -1] = 5
+    one = torch.zeros(1, dtype=torch.int32)
+    case = ContextCase(history, one, one + 9000)
+    found = gpu.ops.context_nodes(*vars(case.to(gpu.device)).values(), 1, 9, 64, 9, 64)
+    assert int(found[4][found[2] == 1].sum()) == len(distances)
+    check_context(gpu, case, 1, 9, 64, 9, 64)
+
+
 def test_context_outside_the_history_is_empty(gpu):
     """A kernel cannot raise; the request beside them is served."""
-    case = context_case([50] * 5, 2)
-    one, *others = case.requests.tolist()
-    requests = torch.tensor([one, -1, 6, *others[:2]], dtype=torch.int32)
-    lengths = torch.tensor([50, 50, 50, -1, 56], dtype=torch.int32)
-    case = replace(case, requests=requests, lengths=lengths).to(gpu.device)
+    case = context_case([50] * 5, 2).to(gpu.device)
+    # Before and after these rows there are others, in which something would be found.
+    case = replace(
+        case,
+        history=case.history[1:-1],
+        requests=torch.tensor([0, -1, 4, 1, 2]).int().to(gpu.device),
+        lengths=torch.tensor([50, 50, 50, -1, 56]).int().to(gpu.device),
+    )
     found = gpu.ops.context_nodes(*vars(case).values(), 1, 8, 4, 5, 6)
-    assert found[5].tolist()[0] > 0
-    assert found[5].tolist()[1:] == [0] * 4
+    assert found[5].tolist() == [6, 0, 0, 0, 0]
     assert found[0].cpu()[1:].eq(-1).all()
     assert not any(column.cpu()[1:].any() for column in found[1:5])
 

@@ -9,8 +9,8 @@
 //   poison their
 //     destination until then;
 //   - shared memory starts out poisoned (NaN in every float format);
-//   - fibers run in rising or falling order, so that a missing barrier shows in
-//   one;
+//   - fibers run in rising or falling order, each warp as far as it comes
+//     without the others, so that a missing barrier shows in one of the orders;
 //   - a barrier that some threads never reach ends the process, and so does a
 //   copy or
 //     matrix load outside the block's shared memory.
@@ -118,6 +118,18 @@ inline bool release(size_t begin, size_t end, State barrier) {
   return any;
 }
 
+// Runs a warp as far as it comes without the block's other warps.
+inline void run_warp(size_t begin) {
+  do {
+    for (size_t i = 0; i < kWarpSize; ++i) {
+      const size_t thread = begin + (falling_order ? kWarpSize - 1 - i : i);
+      if (block.fibers[thread].state != State::kReady) continue;
+      threadIdx = {static_cast<unsigned>(thread), 0, 0};
+      swapcontext(&block.scheduler, &block.fibers[thread].context);
+    }
+  } while (release(begin, begin + kWarpSize, State::kAtWarpBarrier));
+}
+
 inline void run_block() {
   const size_t threads = block.fibers.size();
   for (Fiber& fiber : block.fibers) {
@@ -131,21 +143,15 @@ inline void run_block() {
   }
   std::memset(block.shared_begin, kPoison, block.shared_bytes);
   for (;;) {
-    for (size_t i = 0; i < threads; ++i) {
-      const size_t thread = falling_order ? threads - 1 - i : i;
-      if (block.fibers[thread].state != State::kReady) continue;
-      threadIdx = {static_cast<unsigned>(thread), 0, 0};
-      swapcontext(&block.scheduler, &block.fibers[thread].context);
+    for (size_t i = 0; i < threads; i += kWarpSize) {
+      run_warp(falling_order ? threads - kWarpSize - i : i);
     }
-    bool released = false;
     bool done = true;
-    for (size_t warp = 0; warp < threads; warp += kWarpSize) {
-      released |= release(warp, warp + kWarpSize, State::kAtWarpBarrier);
-    }
-    if (!released) released = release(0, threads, State::kAtBlockBarrier);
     for (const Fiber& fiber : block.fibers) done &= fiber.state == State::kDone;
     if (done) return;
-    if (!released) fail("threads wait at different barriers");
+    if (!release(0, threads, State::kAtBlockBarrier)) {
+      fail("threads wait at different barriers");
+    }
   }
 }
 
