@@ -157,8 +157,6 @@ inline int64_t check_context_nodes(const Tensor& history,
   STD_TORCH_CHECK(history.size(1) <= 1 || history.stride(1) == 1,
                   "rows of history must be contiguous, found stride ",
                   history.stride(1), " between tokens");
-  STD_TORCH_CHECK(history.size(1) <= INT32_MAX, "rows of history must have at "
-                  "most ", INT32_MAX, " tokens, found ", history.size(1));
   STD_TORCH_CHECK(requests.dim() == 1, "requests must be a vector, found ",
                   requests.dim(), " dimensions");
   check_vector(requests, "requests", ScalarType::Int, requests.size(0));

@@ -167,16 +167,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> context_nodes(
   Tensor depths = column(ScalarType::Int);
   Tensor matches = column(ScalarType::Int);
   Tensor followed = column(ScalarType::Int);
-  Tensor sizes =
-      torch::stable::new_empty(history, {count}, ScalarType::Int);
-  const Nodes all{tokens.mutable_data_ptr<int64_t>(),
-                  parents.mutable_data_ptr<int32_t>(),
-                  depths.mutable_data_ptr<int32_t>(),
-                  matches.mutable_data_ptr<int32_t>(),
-                  followed.mutable_data_ptr<int32_t>()};
+  Tensor sizes = torch::stable::new_empty(history, {count}, ScalarType::Int);
+  const Nodes all{
+      tokens.mutable_data_ptr<int64_t>(), parents.mutable_data_ptr<int32_t>(),
+      depths.mutable_data_ptr<int32_t>(), matches.mutable_data_ptr<int32_t>(),
+      followed.mutable_data_ptr<int32_t>()};
   std::fill_n(all.tokens, count * max_nodes, -1);
-  for (int32_t* values :
-       {all.parents, all.depths, all.matches, all.places}) {
+  for (int32_t* values : {all.parents, all.depths, all.matches, all.places}) {
     std::fill_n(values, count * max_nodes, 0);
   }
 

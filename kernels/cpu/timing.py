@@ -19,6 +19,7 @@ from vllm_clover2.ops import KVLayout
 from vllm_clover2.tree import TreeBatch, paper_tree
 
 HEADS, KV_HEADS, DIM, BLOCK, LAYERS = 9, 3, 64, 128, 30  # SmolLM2-135M
+VOCABULARY = 49_152
 STORAGES = [
     (KVLayout.VEC, "vec", torch.float32),
     (KVLayout.VEC, "vec", torch.bfloat16),
@@ -130,6 +131,26 @@ def time_commit(requests: int, repeats: int) -> None:
         )
 
 
+def time_context(requests: int, length: int, repeats: int) -> None:
+    """Random texts in which tokens are about as frequent as in written ones."""
+    frequencies = 1 / torch.arange(1.0, VOCABULARY + 1)  # Zipf's law
+    tokens = torch.multinomial(frequencies, requests * length, replacement=True)
+    history = tokens.view(requests, length).int()
+    rows = torch.arange(requests, dtype=torch.int32)
+    lengths = torch.full((requests,), length, dtype=torch.int32)
+
+    def find() -> None:
+        ops.context_nodes(
+            history, rows, lengths, min_match=2, max_match=16, max_places=16,
+            max_depth=10, max_nodes=32,
+        )  # fmt: skip
+
+    print(
+        f"context_nodes   {requests:3} x {length:6} tokens "
+        f"{median_ms(find, repeats):34.3f} ms"
+    )
+
+
 def main() -> None:
     """Runs all measurements."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -142,6 +163,8 @@ def main() -> None:
         time_attention(requests, prefix, options.repeats)
     for requests in (1, 8):
         time_commit(requests, options.repeats)
+    for requests, length in ((1, 2_000), (8, 2_000), (1, 32_768), (1, 131_072)):
+        time_context(requests, length, options.repeats)
 
 
 if __name__ == "__main__":

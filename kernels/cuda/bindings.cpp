@@ -319,8 +319,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> context_nodes(
   params.sizes = static_cast<int32_t*>(sizes.data_ptr());
   params.slot_stride = history.stride(0);
   params.num_requests = static_cast<int>(count);
-  params.slots = static_cast<int>(history.size(0));
-  params.width = static_cast<int>(history.size(1));
+  // Indices in requests and lengths are int32 and reach no farther.
+  params.slots =
+      static_cast<int>(std::min<int64_t>(history.size(0), INT32_MAX));
+  params.width =
+      static_cast<int>(std::min<int64_t>(history.size(1), INT32_MAX));
   params.min_match = static_cast<int>(min_match);
   params.max_match = static_cast<int>(max_match);
   params.max_places = static_cast<int>(max_places);

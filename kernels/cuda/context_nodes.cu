@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Earlier occurrences of a text's last tokens, and a trie of what followed them.
+// Earlier occurrences of a text's last tokens, and a trie of what followed
+// them.
 //
 // One block per request. It reads the text from its recent end in tiles: every
 // thread tests a few positions and follows those that match; then the first
@@ -41,7 +42,7 @@ struct ContextState {
   int32_t suffix[kMaxContextMatch];  // the last tokens, the last one first
   Place places[kPlaces];             // the best so far, in order
   int num_places;
-  int need;               // shorter matches would not be kept
+  int need;                // shorter matches would not be kept
   unsigned found[kWords];  // of a tile; bit of word: position, falling
   unsigned char match[kTile];
   int32_t following[kPlaces * kMaxContextDepth];  // [places, max_depth]
@@ -99,8 +100,7 @@ __device__ __forceinline__ void search_tile(const Text& text, int end, int need,
     const int offset = step * kContextThreads + thread;
     int match = 0;
     if (candidate[step]) {
-      match =
-          match_length(text, end - 1 - offset, state.suffix, max_match);
+      match = match_length(text, end - 1 - offset, state.suffix, max_match);
       state.match[offset] = static_cast<unsigned char>(match);
     }
     const unsigned found = ballot(match >= need);
@@ -153,8 +153,8 @@ __device__ __forceinline__ void take_tile(const ContextNodesParams& p, int end,
         const int offset = word * kWarpSize + lowest_bit(bits);
         const int match = state.match[offset];
         if (match < need) continue;
-        count = insert_place(state, {end - 1 - offset, match}, count,
-                             p.max_places);
+        count =
+            insert_place(state, {end - 1 - offset, match}, count, p.max_places);
         if (count == p.max_places) need = state.places[count - 1].match + 1;
       }
     }
