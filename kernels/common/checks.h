@@ -150,10 +150,10 @@ inline int64_t check_context_nodes(const Tensor& history,
                                    const Tensor& requests,
                                    const Tensor& lengths,
                                    const ContextLimits& limits) {
-  STD_TORCH_CHECK(
-      history.scalar_type() == ScalarType::Int && history.dim() == 2,
-      "history must be int32 [slots, width], found ", history.dim(),
-      " dimensions");
+  STD_TORCH_CHECK(history.scalar_type() == ScalarType::Int,
+                  "history must be int32");
+  STD_TORCH_CHECK(history.dim() == 2, "history must be [slots, width], found ",
+                  history.dim(), " dimensions");
   STD_TORCH_CHECK(history.size(1) <= 1 || history.stride(1) == 1,
                   "rows of history must be contiguous, found stride ",
                   history.stride(1), " between tokens");

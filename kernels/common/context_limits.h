@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sizes of context_nodes, for both devices. The upper bounds size arrays that
-// live on the stack or in shared memory; a tree of more nodes or levels could
-// not be verified in one step.
+// Sizes of context_nodes, for both devices. The upper bounds size arrays on the
+// stack and in shared memory; a verified tree has at most 63 levels.
 #pragma once
 
 #include <cstdint>
