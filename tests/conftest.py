@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from vllm_clover2.heads import SHIPPED
+
 REPO = Path(__file__).parents[1]
 
 # Read when OpenMP is loaded, so before torch. Threads that spin while they wait make
@@ -50,4 +52,4 @@ def target_dir() -> Path:
 @pytest.fixture(scope="session")
 def head_dir() -> Path:
     """The head that ships for SmolLM2-135M-Instruct."""
-    return REPO / "examples" / "heads" / "smollm2-135m-instruct"
+    return SHIPPED / "smollm2-135m-instruct"

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from vllm_clover2 import cli
+from vllm_clover2.heads import SHIPPED
 
 REPO = Path(__file__).parents[2]
-DOCUMENTS = [REPO / "README.md", *sorted(REPO.glob("examples/heads/*/README.md"))]
+DOCUMENTS = [REPO / "README.md", *sorted(SHIPPED.glob("*/README.md"))]
 
 
 def documented(start: str) -> list[list[str]]:
