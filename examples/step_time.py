@@ -9,7 +9,6 @@ the parts of one request's step, measured when asked, and what share drafting is
 """
 
 import argparse
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table

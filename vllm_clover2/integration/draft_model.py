@@ -29,6 +29,11 @@ from vllm.model_executor.models.utils import (
 
 from vllm_clover2.model.clover2 import Clover2Model
 from vllm_clover2.model.config import Clover2Config
+from vllm_clover2.model.head_files import (
+    check_draft_vocab,
+    check_tensor,
+    expected_tensors,
+)
 from vllm_clover2.model.layers import (
     Product,
     RecurrentHead,
@@ -266,24 +271,17 @@ def _llama_config(config: Clover2Config) -> LlamaConfig:
 def _checked(
     weights: Iterable[tuple[str, torch.Tensor]], config: Clover2Config
 ) -> Iterable[tuple[str, torch.Tensor]]:
-    """The tensors as they come, each of a name and shape that ``config`` implies."""
-    with torch.device("meta"):
-        plain = Clover2Model(config)
-    expected = {name: tuple(t.shape) for name, t in plain.state_dict().items()}
+    """The tensors as they come, each of a name and shape that ``config`` implies.
+
+    A head in a folder was checked before this process started; one that vLLM took from
+    the hub was not.
+    """
+    expected = expected_tensors(Clover2Model, config)
     try:
         for name, tensor in weights:
-            found = tuple(tensor.shape)
-            if expected.get(name) != found:
-                raise ValueError(
-                    f"The head's weights must be those of its config.json, but {name} "
-                    f"has shape {found}, expected "
-                    f"{expected.get(name, 'no such tensor')}. Export the head again."
-                )
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise ValueError(
-                    f"The head's weights must be finite, but {name} holds NaN or "
-                    f"infinity; the checkpoint is damaged or its training diverged."
-                )
+            check_tensor(name, tensor, expected)
+            if name == "draft_vocab_ids":
+                check_draft_vocab(tensor, config.vocab_size, "the head")
             yield name, tensor
     except SafetensorError as error:
         raise ValueError(
