@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 
 import torch
-from setuptools import setup
+from setuptools import Extension, setup
 from torch.utils import cpp_extension
 
 KERNELS = Path("kernels")
@@ -35,7 +35,7 @@ def with_cuda() -> bool:
     return found and wanted != "0"
 
 
-def extension() -> cpp_extension.Extension:
+def extension() -> Extension:
     """The one extension, CPU only or CPU and CUDA."""
     cuda = with_cuda()
     sources = sorted(

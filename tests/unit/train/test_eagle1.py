@@ -113,6 +113,7 @@ def test_trees_equal_brute_force_over_paths(
     torch.testing.assert_close(grown.joint, expected.joint, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_training_raises_acceptance(eagle_config: TrainConfig) -> None:
     config = changed(eagle_config, steps=300, ema_decay=0.9, draft_vocab_size=40)
     untrained = train(

@@ -20,6 +20,7 @@ from vllm_clover2.train.loop import Trainer, frequent_tokens, train
 from vllm_clover2.train.optimizers import lr_factor
 
 
+@pytest.mark.slow
 def test_training_raises_acceptance(tiny_config: TrainConfig) -> None:
     config = changed(tiny_config, steps=300, ema_decay=0.9, draft_vocab_size=40)
     untrained = train(
