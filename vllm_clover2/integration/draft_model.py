@@ -19,7 +19,10 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.models.llama import LlamaDecoderLayer
 from vllm.model_executor.models.utils import (
     AutoWeightsLoader,
@@ -40,6 +43,13 @@ from vllm_clover2.model.layers import (
     RegressiveAttentionBlock,
     plain_product,
 )
+
+
+class _DraftDecoderLayer(LlamaDecoderLayer):
+    """vLLM's layer with the plain weights that a head has, whatever its target has."""
+
+    def get_quant_config(self, vllm_config: VllmConfig) -> None:
+        return None
 
 
 @support_torch_compile
@@ -63,7 +73,7 @@ class AugmentingBlock(nn.Module):
             config.hidden_size, config.num_attention_heads, config.rms_norm_eps
         )
         self.layers = nn.ModuleList(
-            LlamaDecoderLayer(
+            _DraftDecoderLayer(
                 vllm_config,
                 prefix=maybe_prefix(prefix, f"layers.{first_layer + i}"),
                 config=llama_config,
@@ -138,7 +148,8 @@ class Clover2DraftModel(nn.Module):
         The rows of a reduced draft vocabulary are gathered once, on every rank.
 
         Raises:
-            ValueError: the target has no ``lm_head`` whose rows can be looked up.
+            ValueError: the target has no ``lm_head`` whose rows can be looked up, or
+                a quantised one.
 
         """
         lm_head = getattr(target, "lm_head", None)
@@ -147,6 +158,13 @@ class Clover2DraftModel(nn.Module):
                 f"clover2 shares the target's lm_head, a VocabParallelEmbedding; "
                 f"{type(target).__name__} has {type(lm_head).__name__}. This target "
                 f"is not supported."
+            )
+        method = lm_head.quant_method
+        if not isinstance(method, UnquantizedEmbeddingMethod):
+            raise ValueError(
+                f"clover2 looks up rows of the target's lm_head, which must not be "
+                f"quantised, but it has {type(method).__name__}. Use a checkpoint "
+                f"whose other layers alone are quantised."
             )
         self._embeddings = lm_head
         if self.draft_vocab_ids is not None:
