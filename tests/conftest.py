@@ -24,14 +24,6 @@ def existing(path: Path, what: str, variable: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def golden_dir() -> Path:
-    """Tensors recorded from the reference implementation."""
-    default = REPO.parent / "shared" / "golden"
-    path = Path(os.environ.get("CLOVER2_GOLDEN_DIR", default))
-    return existing(path, "golden tensors", "CLOVER2_GOLDEN_DIR")
-
-
-@pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Training prompts and the target's answers to them."""
     default = REPO.parent / "shared" / "data"
