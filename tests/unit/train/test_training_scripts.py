@@ -13,6 +13,9 @@ from vllm_clover2.train.config import TrainConfig
 from vllm_clover2.train.loop import train
 
 
+pytestmark = pytest.mark.slow
+
+
 def run(
     script: object, arguments: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
