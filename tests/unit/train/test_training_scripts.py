@@ -12,7 +12,6 @@ from tiny_models import TINY_TRAINING
 from vllm_clover2.train.config import TrainConfig
 from vllm_clover2.train.loop import train
 
-
 pytestmark = pytest.mark.slow
 
 
