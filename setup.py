@@ -6,13 +6,14 @@ CUDA files when torch has CUDA and a CUDA compiler is there. The library uses to
 stable ABI and holds no Python module: one binary serves every Python and every torch
 from TORCH_TARGET on. ``torch.ops.load_library`` loads it.
 
-Environment: CLOVER2_BUILD_CUDA=0 leaves the CUDA files out; TORCH_CUDA_ARCH_LIST
-chooses GPU architectures ("8.0;9.0;10.0" by default).
+Environment: CLOVER2_BUILD_CUDA=0 leaves the CUDA files out, 1 insists on them;
+TORCH_CUDA_ARCH_LIST chooses GPU architectures ("8.0;9.0;10.0" by default).
 """
 
 import os
 from pathlib import Path
 
+import torch
 from setuptools import Extension, setup
 from torch.utils import cpp_extension
 
@@ -24,8 +25,14 @@ PYTHON_TARGET = "0x030b0000"  # 3.11
 
 def with_cuda() -> bool:
     """Whether the CUDA sources are compiled: torch knows CUDA and nvcc is installed."""
-    wanted = os.environ.get("CLOVER2_BUILD_CUDA", "1") != "0"
-    return wanted and cpp_extension.CUDA_HOME is not None
+    found = cpp_extension.CUDA_HOME is not None
+    wanted = os.environ.get("CLOVER2_BUILD_CUDA")
+    if wanted == "1" and not found:
+        raise RuntimeError(
+            "CLOVER2_BUILD_CUDA=1 needs nvcc and a CUDA build of torch; found torch "
+            f"{torch.__version__}. Install both, or leave the variable unset."
+        )
+    return found and wanted != "0"
 
 
 def extension() -> Extension:
@@ -55,8 +62,10 @@ def extension() -> Extension:
     )
 
 
+# One version has two wheels; a build tag in its file's name marks the one with CUDA.
+tag = {"build_number": "1cuda"} if with_cuda() else {}
 setup(
     ext_modules=[extension()],
     cmdclass={"build_ext": cpp_extension.BuildExtension},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    options={"bdist_wheel": {"py_limited_api": "cp311", **tag}},
 )

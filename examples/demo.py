@@ -20,6 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.progress import TimeElapsedColumn as Elapsed
 
+from vllm_clover2.heads import SHIPPED
+
 HERE = Path(__file__).parent
 
 
@@ -48,7 +50,7 @@ def parse_args() -> argparse.Namespace:
     )
     option("--repeats", type=int, default=3, help="rounds per method")
     option("--target", type=Path, default=Path("build/SmolLM2-135M-Instruct"))
-    option("--head", type=Path, default=HERE / "heads" / "smollm2-135m-instruct")
+    option("--head", type=Path, default=SHIPPED / "smollm2-135m-instruct")
     option(
         "--num-speculative-tokens",
         type=int,

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from vllm_clover2.heads import SHIPPED
 from vllm_clover2.integration.draft_model import serving_product
 from vllm_clover2.integration.proposer import median_seconds
 from vllm_clover2.model import Clover2Model
@@ -30,7 +31,6 @@ from vllm_clover2.train.hidden import Target
 from vllm_clover2.train.loop import frequent_tokens
 from vllm_clover2.tree import DynamicTree, grow_dynamic
 
-HERE = Path(__file__).parent
 TREES = ["paper", "dynamic:60"]
 REPEATS = 30
 
@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
     )
     option = parser.add_argument
     option("--target", default="build/SmolLM2-135M-Instruct")
-    option("--head", type=Path, default=HERE / "heads" / "smollm2-135m-instruct")
+    option("--head", type=Path, default=SHIPPED / "smollm2-135m-instruct")
     option("--answers", type=Path, required=True, help="to count tokens in")
     option("--held-out", type=Path, required=True, help="greedy, to measure on")
     option("--sizes", type=int, nargs="+", default=[4096, 8192, 12288, 16384, 49152])

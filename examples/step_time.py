@@ -9,12 +9,11 @@ the parts of one request's step, measured when asked, and what share drafting is
 """
 
 import argparse
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-HERE = Path(__file__).parent
+from vllm_clover2.heads import SHIPPED
 
 
 def main() -> None:
@@ -22,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--target", default="build/SmolLM2-135M-Instruct")
-    parser.add_argument("--head", default=HERE / "heads" / "smollm2-135m-instruct")
+    parser.add_argument("--head", default=SHIPPED / "smollm2-135m-instruct")
     args = parser.parse_args()
 
     from vllm import LLM  # takes seconds, so after --help

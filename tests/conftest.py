@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from vllm_clover2.heads import SHIPPED
+
 REPO = Path(__file__).parents[1]
 
 # Read when OpenMP is loaded, so before torch. Threads that spin while they wait make
@@ -19,14 +21,6 @@ def existing(path: Path, what: str, variable: str) -> Path:
     if not path.exists():
         pytest.skip(f"{what} not found at {path}; set {variable}")
     return path
-
-
-@pytest.fixture(scope="session")
-def golden_dir() -> Path:
-    """Tensors recorded from the reference implementation."""
-    default = REPO.parent / "shared" / "golden"
-    path = Path(os.environ.get("CLOVER2_GOLDEN_DIR", default))
-    return existing(path, "golden tensors", "CLOVER2_GOLDEN_DIR")
 
 
 @pytest.fixture(scope="session")
@@ -50,4 +44,4 @@ def target_dir() -> Path:
 @pytest.fixture(scope="session")
 def head_dir() -> Path:
     """The head that ships for SmolLM2-135M-Instruct."""
-    return REPO / "examples" / "heads" / "smollm2-135m-instruct"
+    return SHIPPED / "smollm2-135m-instruct"

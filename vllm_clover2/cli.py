@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     actions = heads.add_subparsers(dest="action", required=True)
     add = actions.add_parser("add", help="remember the head for a target")
     add.add_argument("target", help="as given to vLLM: a name or a folder")
-    add.add_argument("folder", type=Path, help="the head's folder")
+    add.add_argument("head", help="the head's folder, or its name on the hub")
     actions.add_parser("list", help="show the heads that are known")
     actions.add_parser("remove", help="forget a head").add_argument("target")
     return parser
@@ -83,14 +83,16 @@ def _run_heads(arguments: argparse.Namespace) -> None:
     from vllm_clover2 import heads
 
     if arguments.action == "add":
-        head = heads.add_head(arguments.target, arguments.folder)
+        head = heads.add_head(arguments.target, arguments.head)
         print(f"{head.target} -> {head.folder}")
     elif arguments.action == "remove":
         heads.remove_head(arguments.target)
     else:
         known = heads.known_heads()
         for head in known:
-            origin = "ships with the project" if head.shipped else "added"
+            origin = "ships with the package" if head.shipped else "added"
+            if head.problem is not None:
+                origin += f", unusable: {head.problem}"
             print(f"{head.target} -> {head.folder} ({origin})")
         if not known:
             print("no heads are known; add one with `vllm-clover2 heads add`")

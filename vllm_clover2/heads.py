@@ -7,16 +7,26 @@ the project are known without being added.
 """
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["KnownHead", "add_head", "find_head", "known_heads", "remove_head"]
+__all__ = [
+    "SHIPPED",
+    "KnownHead",
+    "add_head",
+    "find_head",
+    "known_heads",
+    "remove_head",
+]
+
+SHIPPED = Path(__file__).resolve().with_name("shipped_heads")
 
 _ENVIRONMENT = "VLLM_CLOVER2_HEADS"
-_SHIPPED = Path(__file__).resolve().parents[1] / "examples" / "heads"
+_logger = logging.getLogger(__name__)
 # What the `target` section of a head's config must share with the target's own
 # config, so that a renamed or moved target folder is still recognised.
 _FINGERPRINT = ("hidden_size", "num_hidden_layers", "vocab_size")
@@ -27,6 +37,15 @@ class KnownHead:
     target: str  # name or path, as the user gives it to vLLM
     folder: Path
     shipped: bool
+
+    @property
+    def problem(self) -> str | None:
+        """Why its config cannot be read, or None: a look at one small file."""
+        try:
+            _head_config(self.folder)
+        except ValueError as error:
+            return str(error)
+        return None
 
 
 def registry_path() -> Path:
@@ -81,25 +100,54 @@ def _head_config(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder} is no draft head: config.json cannot be read ({error})"
         ) from error
-    if config.get("model_type") != "clover2":
+    if not isinstance(config, dict) or config.get("model_type") != "clover2":
         raise ValueError(
-            f"{folder} is no Clover-2 head: its model_type must be 'clover2', found "
-            f"{config.get('model_type')!r}; `vllm-clover2 convert` reads checkpoints "
-            "of the original project"
+            f"{folder} is no Clover-2 head: its config.json must be an object with "
+            f"model_type 'clover2', found {str(config)[:60]!r}; `vllm-clover2 convert` "
+            "reads checkpoints of the original project"
         )
-    if not (folder / "model.safetensors").is_file():
-        raise ValueError(f"{folder} has no model.safetensors; copy the head again")
     return config
 
 
-def add_head(target: str, folder: Path) -> KnownHead:
-    """Remember that `folder` holds the head for `target`."""
-    folder = folder.expanduser().resolve()
-    _head_config(folder)
+def _recorded_target(folder: Path) -> dict[str, Any]:
+    """What the head's config says of the target that it was trained for."""
+    recorded = _head_config(folder).get("target")
+    return recorded if isinstance(recorded, dict) else {}
+
+
+def add_head(target: str, head: str | Path) -> KnownHead:
+    """Remember that `head`, a folder or a name on the hub, is the head for `target`.
+
+    Raises:
+        ValueError: there is no such head, or its files are damaged.
+    """
+    from vllm_clover2.model.head_files import check_head
+
+    folder = _local_folder(str(head))
+    check_head(folder)
     content = _read_registry()
     content[_normal(target)] = str(folder)
     _write_registry(content)
     return KnownHead(_normal(target), folder, shipped=False)
+
+
+def _local_folder(head: str) -> Path:
+    """The folder `head`, or the hub's head of this name after it was downloaded."""
+    folder = Path(head).expanduser()
+    if folder.exists():
+        return folder.resolve()
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Without a connection, or with HF_HUB_OFFLINE=1, this is what was downloaded
+        # before.
+        files = ["config.json", "model.safetensors"]
+        return Path(snapshot_download(head, allow_patterns=files))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{head} must be a head's folder or its name on the hub, but there is no "
+            f"such folder, and the hub does not give it ({error})"
+        ) from error
 
 
 def remove_head(target: str) -> None:
@@ -113,15 +161,15 @@ def remove_head(target: str) -> None:
 
 
 def known_heads() -> list[KnownHead]:
-    """Heads the user added, then those that ship with the project."""
+    """Heads the user added, then those that ship with the package."""
     added = [
         KnownHead(target, Path(folder), shipped=False)
         for target, folder in sorted(_read_registry().items())
     ]
     shipped = []
-    for config_path in sorted(_SHIPPED.glob("*/config.json")):
+    for config_path in sorted(SHIPPED.glob("*/config.json")):
         folder = config_path.parent
-        name = (_head_config(folder).get("target") or {}).get("name", folder.name)
+        name = _recorded_target(folder).get("name", folder.name)
         shipped.append(KnownHead(name, folder, shipped=True))
     return added + shipped
 
@@ -135,29 +183,51 @@ def find_head(target: str, target_config: Mapping[str, Any] | Any) -> Path:
     the name decide, so that a local copy of a target finds its head.
 
     Raises:
-        ValueError: there is none; the message lists the heads that are known.
+        ValueError: there is none, with the heads that are known and what to do next;
+            or the one that the user added for this target is gone.
     """
     heads = known_heads()
     for head in heads:
         if not head.shipped and head.target == _normal(target):
+            if head.problem is not None:
+                raise ValueError(
+                    f"the head that was added for {target} must be readable: "
+                    f"{head.problem}. Put it back, add another one, or forget it with "
+                    f"`vllm-clover2 heads remove {target}`"
+                )
             return head.folder
     for head in heads:
-        if _same_target(_head_config(head.folder), target, target_config):
+        if head.problem is not None:
+            _logger.warning(
+                "clover2: skipping the head that was added for %s (%s); forget it with "
+                "`vllm-clover2 heads remove %s`",
+                head.target,
+                head.problem,
+                head.target,
+            )
+        elif _same_target(_recorded_target(head.folder), target, target_config):
             return head.folder
+    raise ValueError(_no_head(target, heads))
+
+
+def _no_head(target: str, heads: list[KnownHead]) -> str:
     listed = "\n".join(f"  {head.target} -> {head.folder}" for head in heads)
-    raise ValueError(
+    return (
         f"no Clover-2 head is known for {target!r}. Known heads:\n"
         f"{listed or '  none'}\n"
-        "Add one with `vllm-clover2 heads add TARGET HEAD_FOLDER`, or give its folder "
-        "as the speculative model."
+        "Give a head's folder or its name on the hub as the speculative model, or "
+        "train one from a file of prompts:\n"
+        f"  vllm-clover2 generate --target {target} --prompts prompts.jsonl "
+        "--output answers.jsonl\n"
+        f"  vllm-clover2 train --target {target} --answers answers.jsonl "
+        "--output run --draft-vocab-size 8192\n"
+        f"  vllm-clover2 heads add {target} run/head"
     )
 
 
 def _same_target(
-    head_config: dict[str, Any], target: str, target_config: Mapping[str, Any] | Any
+    recorded: dict[str, Any], target: str, target_config: Mapping[str, Any] | Any
 ) -> bool:
-    recorded = head_config.get("target") or {}
-
     def actual(key: str) -> Any:
         if isinstance(target_config, Mapping):
             return target_config.get(key)

@@ -3,7 +3,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ import pytest
 import torch
 from engine_fixtures import TINY, Baseline, random_prompts
 from engines import EnginePool
+from golden_cases import case_folders
 from planting import CommitSpy, Planter, with_truth
 from safetensors.torch import load_file
 from tiny_models import TinyModel, save_random_head, save_target
@@ -24,14 +24,11 @@ from vllm_clover2.integration.attention import kv_layout
 from vllm_clover2.integration.draft_model import serving_product
 from vllm_clover2.integration.proposer import Clover2Proposer, CommittedRows
 from vllm_clover2.integration.runner import Clover2RunnerMixin
-from vllm_clover2.model import Clover2Config, Clover2Model
+from vllm_clover2.model import Clover2Model
 from vllm_clover2.model.weights import from_reference, load_head, save_head
 from vllm_clover2.ops.layout import read_tokens
 from vllm_clover2.tree import DynamicTree, grow_dynamic, grow_static, paper_tree
 
-_DEFAULT = Path(__file__).resolve().parents[3] / "shared" / "golden"
-GOLDEN = Path(os.environ.get("CLOVER2_GOLDEN_DIR", _DEFAULT))
-CASES = sorted(path.parent for path in GOLDEN.glob("*/forward.safetensors"))
 # As for the plain model; vLLM fuses q, k, v and adds in another order.
 GOLDEN_TOLERANCE = 2e-5
 # States of random heads reach 10; float32.
@@ -165,7 +162,7 @@ def supported(case: Path) -> bool:
     return head_dim in CPUAttentionBackend.get_supported_head_sizes()
 
 
-@pytest.fixture(params=[c for c in CASES if supported(c)], ids=lambda case: case.name)
+@pytest.fixture(params=filter(supported, case_folders()), ids=lambda case: case.name)
 def golden(
     request: pytest.FixtureRequest, tmp_path: Path, engines: EnginePool
 ) -> tuple[Path, Any]:
@@ -276,13 +273,6 @@ def test_golden_decode(golden: tuple[Path, Any]) -> None:
     for name, ours in zip(("key", "value"), cached, strict=True):
         expected = tensors[f"kv_final.layer_last.{name}"][0].transpose(0, 1)
         torch.testing.assert_close(ours, expected, atol=GOLDEN_TOLERANCE, rtol=0)
-
-
-def test_a_golden_case_fits() -> None:
-    if not CASES:
-        pytest.skip(f"no golden tensors in {GOLDEN}; set CLOVER2_GOLDEN_DIR")
-    assert any(supported(case) for case in CASES)
-    assert Clover2Config.model_type == "clover2"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damaged heads are refused when they are loaded, with the tensor that is at fault."""
+"""Damaged heads are refused, with what is at fault, before any process starts; one
+from the hub is refused when it is loaded.
+"""
 
 import json
 import os
@@ -7,11 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import TinyModel, save_random_head
+from vllm.engine.arg_utils import EngineArgs
 
 Weights = dict[str, torch.Tensor]
 
@@ -36,6 +40,14 @@ def wrong_shape(weights: Weights) -> None:
     weights["recurrent.first.weight"] = torch.zeros(64, 64)
 
 
+def repeated(weights: Weights) -> None:
+    weights["draft_vocab_ids"][1] = weights["draft_vocab_ids"][0]
+
+
+def outside(weights: Weights) -> None:
+    weights["draft_vocab_ids"][-1] = 512
+
+
 DAMAGE: dict[str, tuple[Callable[[Weights], None] | None, str]] = {
     "none": (lambda weights: None, ""),
     "missing": (missing, "recurrent.step.bias"),
@@ -43,34 +55,80 @@ DAMAGE: dict[str, tuple[Callable[[Weights], None] | None, str]] = {
     "infinite": (infinite, "rab1.q_proj.bias holds NaN or infinity"),
     "unknown": (unknown, "recurrent.surprise.weight"),
     "wrong-shape": (wrong_shape, "recurrent.first.weight has shape (64, 64), expected"),
+    "repeated-id": (repeated, "must be ascending ids below the vocabulary size 512"),
+    "outside-id": (outside, "must be ascending ids below the vocabulary size 512"),
     "truncated": (None, "model.safetensors must be a whole"),
-    "no-file": (None, "weights"),
 }
+
+
+def save_damaged_head(folder: Path, name: str) -> Path:
+    file = save_random_head(folder, TinyModel(), draft_vocab_size=100)
+    file /= "model.safetensors"
+    damage = DAMAGE[name][0]
+    if damage is None:
+        os.truncate(file, file.stat().st_size // 2)
+    else:
+        weights = load_file(file)
+        damage(weights)
+        save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
+def engine_config(target: Path, head: Path) -> Any:
+    speculative = {"method": "clover2", "model": str(head)}
+    args = EngineArgs(model=str(target), speculative_config=speculative)
+    return args.create_engine_config()
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_weights(name: str, target: Path, tmp_path: Path) -> None:
+    head = save_damaged_head(tmp_path, name)
+    if name == "none":
+        engine_config(target, head)
+        return
+    with pytest.raises(ValueError, match="head|model") as error:
+        engine_config(target, head)
+    assert DAMAGE[name][1] in str(error.value)
+
+
+def test_no_weights(target: Path, tmp_path: Path) -> None:
+    head = save_random_head(tmp_path, TinyModel())
+    (head / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors must be a whole"):
+        engine_config(target, head)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("intermediate_size", 10**9), ("num_hidden_layers", 0)]
+)
+def test_impossible_sizes(target: Path, tmp_path: Path, key: str, value: int) -> None:
+    head = save_random_head(tmp_path, TinyModel())
+    path = head / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=rf"{key} must be an integer in 1\.\."):
+        engine_config(target, head)
 
 
 @pytest.fixture(scope="module")
 def refusals(
     target: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, str | None]:
-    """What each damaged head is refused with."""
-    folder = tmp_path_factory.mktemp("damaged")
-    for name, (damage, _) in DAMAGE.items():
-        file = save_random_head(folder / name, TinyModel()) / "model.safetensors"
-        if damage is not None:
-            weights = load_file(file)
-            damage(weights)
-            save_file(weights, file, metadata={"format": "pt"})
-        elif name == "truncated":
-            os.truncate(file, file.stat().st_size // 2)
-        else:
-            file.unlink()
+    """What an engine says of each head when it knows it by its name on the hub."""
+    folder = tmp_path_factory.mktemp("hub")
+    for name in DAMAGE:
+        repository = folder / f"models--org--{name}"
+        save_damaged_head(repository / "snapshots" / "0123abcd", name)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0123abcd")
     answers = folder / "answers.json"
     script = Path(__file__).with_name("head_loading.py")
-    heads = [str(folder / name) for name in DAMAGE]
+    heads = [f"org/{name}" for name in DAMAGE]
     subprocess.run(
         [sys.executable, str(script), str(target), str(answers), *heads],
         env=os.environ
         | {
+            "HF_HUB_CACHE": str(folder),
+            "HF_HUB_OFFLINE": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         },
@@ -81,7 +139,7 @@ def refusals(
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damaged_weights(name: str, refusals: dict[str, str | None]) -> None:
+def test_damaged_weights_on_the_hub(name: str, refusals: dict[str, str | None]) -> None:
     refusal = refusals[name]
     if name == "none":
         assert refusal is None

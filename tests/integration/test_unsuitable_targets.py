@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from vllm_clover2 import ops
@@ -25,6 +27,15 @@ def test_target_without_intermediate_hidden_states() -> None:
 def test_target_without_an_lm_head_to_share(lm_head: nn.Module | None) -> None:
     target = SimpleNamespace(lm_head=lm_head)
     with pytest.raises(ValueError, match="shares the target's lm_head"):
+        Clover2DraftModel.bind_target(SimpleNamespace(), target)
+
+
+def test_target_with_a_quantized_lm_head() -> None:
+    lm_head = VocabParallelEmbedding.__new__(VocabParallelEmbedding)
+    nn.Module.__init__(lm_head)
+    lm_head.quant_method = UnquantizedLinearMethod()  # has no look-up of rows either
+    target = SimpleNamespace(lm_head=lm_head)
+    with pytest.raises(ValueError, match="must not be quantised.*LinearMethod"):
         Clover2DraftModel.bind_target(SimpleNamespace(), target)
 
 

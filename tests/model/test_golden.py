@@ -2,33 +2,24 @@
 """The plain model against the original implementation's tensors."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
+from golden_cases import case_folders
 from safetensors.torch import load_file
 
 from vllm_clover2.model import Clover2Model, DraftCache
 from vllm_clover2.model.weights import from_reference
 
-_DEFAULT = Path(__file__).resolve().parents[3] / "shared" / "golden"
-GOLDEN = Path(os.environ.get("CLOVER2_GOLDEN_DIR", _DEFAULT))
-CASES = sorted(path.parent.name for path in GOLDEN.glob("*/forward.safetensors"))
 # README of the goldens: 1e-5 on the BLAS that made them, 2e-5 on another.
 HIDDEN_TOLERANCE = 2e-5
 LOGIT_TOLERANCE = 5e-5
 
-if not CASES:
-    pytest.skip(
-        f"no golden tensors in {GOLDEN}; set CLOVER2_GOLDEN_DIR",
-        allow_module_level=True,
-    )
 
-
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=case_folders(), ids=lambda case: case.name)
 def case(request: pytest.FixtureRequest) -> Path:
-    return GOLDEN / request.param
+    return request.param
 
 
 def load_model(case: Path) -> tuple[Clover2Model, torch.Tensor]:

@@ -2,6 +2,7 @@
 """Reading, writing and converting heads: what fits, and every way not to."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from vllm_clover2.model import Clover2Config, Clover2Model
+from vllm_clover2.model.head_files import check_head
 from vllm_clover2.model.weights import from_reference, load_head, save_head
 from vllm_clover2.train.convert import convert
 
@@ -94,14 +96,22 @@ def damage(folder: Path, **changes: torch.Tensor | None) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"norm.weight": None}, r"norm\.weight: expected \(8,\), found nothing"),
-        ({"norm.weight": torch.ones(9)}, r"found \(9,\)"),
-        ({"extra": torch.ones(1)}, "extra: expected nothing"),
-        ({"norm.weight": torch.full((8,), torch.nan)}, "NaN or infinite"),
+        ({"norm.weight": None}, r"norm\.weight is missing"),
+        ({"norm.weight": torch.ones(9)}, r"has shape \(9,\), expected \(8,\)"),
+        ({"extra": torch.ones(1)}, "extra is no weight"),
+        ({"norm.weight": torch.ones(8).int()}, "holds I32, expected torch.float32"),
+        ({"draft_vocab_ids": torch.ones(4)}, "holds F32, expected torch.int64"),
+        ({"norm.weight": torch.full((8,), torch.nan)}, "holds NaN or infinity"),
+        ({"norm.weight": torch.full((8,), -torch.inf)}, "holds NaN or infinity"),
         ({"draft_vocab_ids": torch.tensor([3, 1, 4, 5])}, "must be ascending"),
+        ({"draft_vocab_ids": torch.tensor([1, 4, 4, 5])}, "with 1 repeated"),
         ({"draft_vocab_ids": torch.tensor([1, 2, 3, 20])}, "below the vocabulary"),
+        ({"draft_vocab_ids": torch.tensor([-1, 2, 3, 4])}, "found -1"),
     ],
-    ids=["missing", "shape", "unknown", "nan", "unordered", "outside"],
+    ids=[
+        *("missing", "shape", "unknown", "integers", "float-ids", "nan", "infinite"),
+        *("unordered", "repeated", "outside", "negative"),
+    ],
 )
 def test_weights_that_do_not_fit_are_refused(
     tmp_path: Path, changes: dict[str, torch.Tensor | None], message: str
@@ -110,19 +120,59 @@ def test_weights_that_do_not_fit_are_refused(
     damage(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
         load_head(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        check_head(tmp_path)
 
 
-def test_truncated_and_missing_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no config\.json"):
-        load_head(tmp_path)
+@pytest.mark.parametrize("read", [load_head, check_head])
+def test_truncated_and_missing_files_are_named(
+    tmp_path: Path, read: Callable[[Path], Any]
+) -> None:
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        read(tmp_path)
     save_head(small_model(), tmp_path, torch.float32)
+    read(tmp_path)
     weights = tmp_path / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-50])
-    with pytest.raises(ValueError, match="truncated"):
-        load_head(tmp_path)
+    content = weights.read_bytes()
+    for size in (0, 7, 50, len(content) - 50):
+        weights.write_bytes(content[:size])
+        with pytest.raises(ValueError, match="must be a whole safetensors file"):
+            read(tmp_path)
     weights.unlink()
-    with pytest.raises(ValueError, match="missing"):
-        load_head(tmp_path)
+    with pytest.raises(ValueError, match="No such file"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("read", [load_head, check_head])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "must be 'clover2', found 'llama'"),
+        ({"intermediate_size": 10**9}, "intermediate_size must be an integer in 1.."),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be an integer in 1..64"),
+        ({"intermediate_size": 2**18}, r"has shape \(12, 8\), expected \(262144, 8\)"),
+        ({"num_hidden_layers": 3}, r"layers\.1\..* is missing"),
+        ({"vocab_size": 3}, "draft_vocab_size must lie in 1..vocab_size"),
+        ({"hidden_size": "8"}, "hidden_size must be an integer"),
+    ],
+    ids=lambda value: json.dumps(value) if isinstance(value, dict) else None,
+)
+def test_damaged_configs_are_refused(
+    tmp_path: Path,
+    read: Callable[[Path], Any],
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    """Without building a model of such a size."""
+    save_head(small_model(draft_vocab_size=4), tmp_path, torch.float32)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path)
+
+
+def test_the_shipped_head_is_whole(head_dir: Path) -> None:
+    assert check_head(head_dir).draft_vocab_size == 8192
 
 
 def test_failed_write_keeps_the_old_head(
@@ -148,11 +198,14 @@ def test_failed_write_keeps_the_old_head(
         ({"num_attention_heads": 3}, "multiple of num_attention_heads"),
         ({"num_key_value_heads": 3}, "multiple of num_key_value_heads"),
         ({"head_dim": 5}, "head_dim must be even"),
-        ({"num_hidden_layers": 0}, "must be at least 1"),
+        ({"num_hidden_layers": 0}, r"must be an integer in 1\.\.64, got 0"),
+        ({"rms_norm_eps": 0.0}, "must be a positive number"),
+        ({"rope_theta": float("inf")}, "must be a positive number"),
+        ({"target": ["x"]}, "must be an object or null"),
         ({"draft_vocab_size": 21}, r"1\.\.vocab_size \(20\)"),
     ],
 )
-def test_impossible_shapes_are_refused(changes: dict[str, int], message: str) -> None:
+def test_impossible_values_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Clover2Config(**{**SMALL, **changes})
 

@@ -29,6 +29,7 @@ def run(command: list[str]) -> None:
     assert "warning" not in done.stderr.lower(), done.stderr
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_every_architecture(nvcc: str, tmp_path: Path) -> None:
     sources = sorted(KERNELS.glob("cuda/*.cu"))
     assert sources

@@ -100,7 +100,10 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 @pytest.fixture(
-    params=["emulated", pytest.param("cuda", marks=pytest.mark.requires_cuda)]
+    params=[
+        pytest.param("emulated", marks=pytest.mark.slow),
+        pytest.param("cuda", marks=pytest.mark.requires_cuda),
+    ]
 )
 def gpu(request: pytest.FixtureRequest) -> Gpu:
     if request.param == "emulated":

@@ -148,6 +148,7 @@ def test_native_kernels_check_their_arguments(name, changes, message) -> None:
         getattr(torch.ops.clover2, name)(**arguments)
 
 
+@pytest.mark.slow
 def test_reference_on_request() -> None:
     """In a process of its own: the library stays loaded once it is."""
     code = "from vllm_clover2 import ops; print(ops.backend('cpu'))"

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: options from settings, errors as one line."""
 
-import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from vllm_clover2 import cli
+from vllm_clover2.heads import SHIPPED
 from vllm_clover2.train.config import TrainConfig
 
 
@@ -80,12 +81,15 @@ def test_heads_are_added_listed_and_removed(
 ) -> None:
     monkeypatch.setenv("VLLM_CLOVER2_HEADS", str(tmp_path / "heads.json"))
     folder = tmp_path / "head"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": "clover2"}))
-    (folder / "model.safetensors").write_bytes(b"")
+    shutil.copytree(SHIPPED / "smollm2-135m-instruct", folder)
     assert cli.main(["heads", "add", "org/model", str(folder)]) == 0
     assert cli.main(["heads", "list"]) == 0
-    assert f"org/model -> {folder} (added)" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"org/model -> {folder} (added)" in shown
+    assert "SmolLM2-135M-Instruct -> " in shown
+    (folder / "config.json").unlink()
+    assert cli.main(["heads", "list"]) == 0
+    assert f"{folder} (added, unusable: " in capsys.readouterr().out
     assert cli.main(["heads", "remove", "org/model"]) == 0
     assert cli.main(["heads", "remove", "org/model"]) == 1
     assert "no head was added" in capsys.readouterr().err

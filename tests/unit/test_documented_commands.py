@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Commands in the README and in the cards of heads are ones that exist."""
 
+import functools
 import re
 import shlex
 import subprocess
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from vllm_clover2 import cli
+from vllm_clover2.heads import SHIPPED
 
 REPO = Path(__file__).parents[2]
-DOCUMENTS = [REPO / "README.md", *sorted(REPO.glob("examples/heads/*/README.md"))]
+DOCUMENTS = [REPO / "README.md", *sorted(SHIPPED.glob("*/README.md"))]
 
 
 def documented(start: str) -> list[list[str]]:
@@ -46,14 +48,18 @@ def test_commands_have_valid_options(
         cli._settings_of(arguments)
 
 
+@functools.cache
+def help_of(script: str) -> str:
+    command = [sys.executable, REPO / script, "--help"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.parametrize(
     "words",
     [words for words in documented("python examples/") if "--" in " ".join(words)],
     ids=" ".join,
 )
 def test_example_scripts_know_their_options(words: list[str]) -> None:
-    command = [sys.executable, REPO / words[1], "--help"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for word in words[2:]:
         if word.startswith("--"):
-            assert word in shown
+            assert word in help_of(words[1])

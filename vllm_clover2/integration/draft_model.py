@@ -19,7 +19,10 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.models.llama import LlamaDecoderLayer
 from vllm.model_executor.models.utils import (
     AutoWeightsLoader,
@@ -29,12 +32,24 @@ from vllm.model_executor.models.utils import (
 
 from vllm_clover2.model.clover2 import Clover2Model
 from vllm_clover2.model.config import Clover2Config
+from vllm_clover2.model.head_files import (
+    check_draft_vocab,
+    check_tensor,
+    expected_tensors,
+)
 from vllm_clover2.model.layers import (
     Product,
     RecurrentHead,
     RegressiveAttentionBlock,
     plain_product,
 )
+
+
+class _DraftDecoderLayer(LlamaDecoderLayer):
+    """vLLM's layer with the plain weights that a head has, whatever its target has."""
+
+    def get_quant_config(self, vllm_config: VllmConfig) -> None:
+        return None
 
 
 @support_torch_compile
@@ -58,7 +73,7 @@ class AugmentingBlock(nn.Module):
             config.hidden_size, config.num_attention_heads, config.rms_norm_eps
         )
         self.layers = nn.ModuleList(
-            LlamaDecoderLayer(
+            _DraftDecoderLayer(
                 vllm_config,
                 prefix=maybe_prefix(prefix, f"layers.{first_layer + i}"),
                 config=llama_config,
@@ -133,7 +148,8 @@ class Clover2DraftModel(nn.Module):
         The rows of a reduced draft vocabulary are gathered once, on every rank.
 
         Raises:
-            ValueError: the target has no ``lm_head`` whose rows can be looked up.
+            ValueError: the target has no ``lm_head`` whose rows can be looked up, or
+                a quantised one.
 
         """
         lm_head = getattr(target, "lm_head", None)
@@ -142,6 +158,13 @@ class Clover2DraftModel(nn.Module):
                 f"clover2 shares the target's lm_head, a VocabParallelEmbedding; "
                 f"{type(target).__name__} has {type(lm_head).__name__}. This target "
                 f"is not supported."
+            )
+        method = lm_head.quant_method
+        if not isinstance(method, UnquantizedEmbeddingMethod):
+            raise ValueError(
+                f"clover2 looks up rows of the target's lm_head, which must not be "
+                f"quantised, but it has {type(method).__name__}. Use a checkpoint "
+                f"whose other layers alone are quantised."
             )
         self._embeddings = lm_head
         if self.draft_vocab_ids is not None:
@@ -266,24 +289,17 @@ def _llama_config(config: Clover2Config) -> LlamaConfig:
 def _checked(
     weights: Iterable[tuple[str, torch.Tensor]], config: Clover2Config
 ) -> Iterable[tuple[str, torch.Tensor]]:
-    """The tensors as they come, each of a name and shape that ``config`` implies."""
-    with torch.device("meta"):
-        plain = Clover2Model(config)
-    expected = {name: tuple(t.shape) for name, t in plain.state_dict().items()}
+    """The tensors as they come, each of a name and shape that ``config`` implies.
+
+    A head in a folder was checked before this process started; one that vLLM took from
+    the hub was not.
+    """
+    expected = expected_tensors(Clover2Model, config)
     try:
         for name, tensor in weights:
-            found = tuple(tensor.shape)
-            if expected.get(name) != found:
-                raise ValueError(
-                    f"The head's weights must be those of its config.json, but {name} "
-                    f"has shape {found}, expected "
-                    f"{expected.get(name, 'no such tensor')}. Export the head again."
-                )
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise ValueError(
-                    f"The head's weights must be finite, but {name} holds NaN or "
-                    f"infinity; the checkpoint is damaged or its training diverged."
-                )
+            check_tensor(name, tensor, expected)
+            if name == "draft_vocab_ids":
+                check_draft_vocab(tensor, config.vocab_size, "the head")
             yield name, tensor
     except SafetensorError as error:
         raise ValueError(

@@ -5,6 +5,7 @@ This module is imported when a pickled ``VllmConfig`` is read in a new process, 
 plugins are loaded there; it must not import workers, runners or models.
 """
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -13,6 +14,7 @@ from vllm.config.speculative import SpeculativeConfig
 from vllm.config.utils import config
 from vllm.logger import init_logger
 
+from vllm_clover2.model.head_files import check_head
 from vllm_clover2.tree.options import TreeOptions
 
 logger = init_logger(f"vllm.{__name__}")
@@ -106,7 +108,11 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
         )
 
     def _check_head_fits(self) -> None:
-        """Compare the head's sizes with the target's before anything is loaded."""
+        """Check the head's files, and its sizes against the target's.
+
+        This is before any process starts. Of a head on the hub vLLM has the config
+        alone here; its weights are checked when they are loaded.
+        """
         draft = self.draft_model_config.hf_config
         if getattr(draft, "model", None) is not None:  # inside vLLM's EAGLEConfig
             draft = draft.model
@@ -125,3 +131,5 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
                     f"head {self.model} has {found}. Choose the head that was trained "
                     f"for {self.target_model_config.model}, or train one."
                 )
+        if Path(self.model).is_dir():
+            check_head(Path(self.model))

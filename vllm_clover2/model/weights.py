@@ -15,6 +15,13 @@ from transformers import PretrainedConfig
 
 from vllm_clover2.model.clover2 import Clover2Model
 from vllm_clover2.model.config import REFERENCE_ROPE_THETA, Clover2Config
+from vllm_clover2.model.head_files import (
+    WEIGHTS_NAME,
+    check_draft_vocab,
+    expected_tensors,
+    read_config,
+    read_weights,
+)
 
 __all__ = [
     "ConversionReport",
@@ -25,8 +32,6 @@ __all__ = [
     "save_head",
     "write_model",
 ]
-
-WEIGHTS_NAME = "model.safetensors"
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -119,56 +124,12 @@ def read_model(
     folder: Path, config_class: type[PretrainedConfig], model_class: type[_Model]
 ) -> _Model:
     """A draft that `write_model` wrote; every tensor must be there and fit."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{folder} is no draft head: it has no config.json. Expected a folder "
-            "with config.json and model.safetensors"
-        )
-    config = config_class.from_pretrained(folder)
+    config = read_config(folder, config_class)
+    state = dict(read_weights(folder, expected_tensors(model_class, config)))
     model = model_class(config)
-    _load_checked(model, load_state_dict_file(folder / WEIGHTS_NAME), str(folder))
-    _check_draft_vocab(model.draft_vocab_ids, config.vocab_size, str(folder))
-    return model
-
-
-def _load_checked(
-    model: nn.Module, state: dict[str, torch.Tensor], source: str
-) -> None:
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in state.items()}
-    if expected != found:
-        names = sorted(expected.keys() | found.keys())
-        wrong = [
-            f"{name}: expected {expected.get(name, 'nothing')}, "
-            f"found {found.get(name, 'nothing')}"
-            for name in names
-            if expected.get(name) != found.get(name)
-        ]
-        raise ValueError(
-            f"the weights of {source} do not fit its config: " + "; ".join(wrong[:5])
-        )
-    broken = [
-        name
-        for name, tensor in state.items()
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all())
-    ]
-    if broken:
-        raise ValueError(f"{source} has NaN or infinite weights in {broken[:5]}")
     model.load_state_dict(state)
-
-
-def _check_draft_vocab(
-    ids: torch.Tensor | None,  # [draft_vocab_size] int64
-    vocab_size: int,
-    source: str,
-) -> None:
-    if ids is not None and not (
-        bool((ids.diff() > 0).all()) and int(ids[0]) >= 0 and int(ids[-1]) < vocab_size
-    ):
-        raise ValueError(
-            f"draft_vocab_ids of {source} must be ascending ids below the vocabulary "
-            f"size {vocab_size}"
-        )
+    check_draft_vocab(model.draft_vocab_ids, config.vocab_size, str(folder))
+    return model
 
 
 def from_reference(

@@ -2,16 +2,27 @@
 """The target answers prompts through vLLM; token ids are kept for training."""
 
 import gzip
+import hashlib
 import json
 import os
 import shutil
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from vllm_clover2.train.records import (
+    refuse_changes,
+    target_fingerprint,
+    write_json,
+)
+
 __all__ = ["GenerateConfig", "generate", "temperature_of"]
+
+# All settings that an answer depends on, beside the target and the prompts.
+_ANSWER_SETTINGS = {"temperatures", "max_new_tokens", "max_model_len", "dtype", "seed"}
 
 
 class GenerateConfig(BaseModel):
@@ -74,11 +85,31 @@ def _resume(working: Path) -> set[str]:
     return {json.loads(line)["id"] for line in complete.splitlines()}
 
 
+def _claim(config: GenerateConfig, working: Path) -> None:
+    """Write `OUTPUT.settings.json`; a call that continues must be the same call."""
+    settings = config.model_dump(mode="json", include=_ANSWER_SETTINGS) | {
+        "target": target_fingerprint(config.target),
+        "prompts": hashlib.sha256(config.prompts.read_bytes()).hexdigest(),
+    }
+    record = config.output.with_name(config.output.name + ".settings.json")
+    if working.exists():
+        before = {}
+        if record.exists():
+            before = json.loads(record.read_text("utf-8"))["settings"]
+        remedy = "choose another output, or delete that file to begin anew"
+        refuse_changes(str(working), before, settings, remedy)
+    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    write_json(record, {"command": command, "settings": settings})
+
+
 def generate(config: GenerateConfig) -> Path:
     """Answer every prompt; continues where an earlier, stopped call was.
 
     Answers are appended to `OUTPUT.partial` chunk by chunk; the output file
-    appears when all are there.
+    appears when all are there, and what made it is in `OUTPUT.settings.json`.
+
+    Raises:
+        ValueError: the output is there, or was begun with other settings.
     """
     # Only this command needs the engine, and only through its public interface.
     from vllm import LLM
@@ -88,6 +119,7 @@ def generate(config: GenerateConfig) -> Path:
     prompts = _read_prompts(config.prompts, config.limit)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     working = config.output.with_name(config.output.name + ".partial")
+    _claim(config, working)
     done = _resume(working)
     waiting = [record for record in prompts if record["id"] not in done]
     if waiting:

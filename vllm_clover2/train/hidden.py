@@ -15,6 +15,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 from vllm_clover2.train.data import AnswerSet, Batch
+from vllm_clover2.train.records import (
+    refuse_changes,
+    target_fingerprint,
+    write_json,
+)
 
 __all__ = ["HiddenStateCache", "Target", "TargetStates"]
 
@@ -29,7 +34,8 @@ class TargetStates(NamedTuple):
 class Target:
     """The frozen target, as far as training a draft needs it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, fingerprint: str) -> None:
+        self.fingerprint = fingerprint  # see `target_fingerprint`
         self.model = model.eval().requires_grad_(False)
         self.config = model.config
         self.lm_head: torch.Tensor = model.get_output_embeddings().weight  # [V, H]
@@ -42,7 +48,7 @@ class Target:
     @classmethod
     def load(cls, path: str, dtype: torch.dtype, device: torch.device) -> "Target":
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        return cls(model.to(device))
+        return cls(model.to(device), target_fingerprint(path))
 
     def _record(self, _module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         self._pre_norm = inputs[0]
@@ -92,7 +98,8 @@ class HiddenStateCache:
         hidden_size = target.config.hidden_size
         identity = {
             "answers": answers.fingerprint,
-            "target": getattr(target.config, "_name_or_path", ""),
+            "target": target.fingerprint,
+            "dtype": str(target.lm_head.dtype),  # that the states are computed in
             "hidden_size": hidden_size,
         }
         self._claim(folder, identity)
@@ -112,13 +119,14 @@ class HiddenStateCache:
         folder.mkdir(parents=True, exist_ok=True)
         record = folder / "identity.json"
         if not record.exists():
-            record.write_text(json.dumps(identity, indent=1))
+            write_json(record, identity)
         found = json.loads(record.read_text())
-        if found != identity:
-            raise ValueError(
-                f"hidden-state cache {folder} belongs to {found}, but this run needs "
-                f"{identity}; choose another folder or delete it"
-            )
+        refuse_changes(
+            f"the hidden-state cache {folder}",
+            found,
+            identity,
+            "choose another folder or delete it",
+        )
 
     def fetch(self, batch: Batch) -> torch.Tensor:  # [N, H] bfloat16
         """Hidden states of a batch; computes what is missing."""

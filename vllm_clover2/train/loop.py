@@ -330,6 +330,7 @@ class Trainer:
         """Write down what this run is, in its folder and in its head."""
         data = {
             "answers_sha256": self.answers.fingerprint,
+            "target": self.target.fingerprint,
             "num_answers": len(self.answers),
             "num_train": len(self.train_indices),
             "num_validation": len(self.val_indices),

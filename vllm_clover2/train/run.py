@@ -14,13 +14,15 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from vllm_clover2.train.records import refuse_changes, write_json
+
 __all__ = ["RunDirectory"]
 
 # Settings that a resumed run may change: they neither alter what the finished steps
 # meant nor the order of the data.
 _FREE_SETTINGS = frozenset(
     {
-        "target",  # paths may move; the data's hash and the weights' shapes tell
+        "target",  # paths may move; hashes of their content tell
         "answers",
         "output",
         "hidden_cache",
@@ -69,12 +71,14 @@ class RunDirectory:
         history = []
         if path.exists():
             previous = json.loads(path.read_text())
-            self._check_same("data", previous["data"], data)
+            remedy = "give this run its own output folder"
+            what = f"the run in {self.folder}"
+            refuse_changes(what, previous["data"], data, remedy)
             fixed = [
                 {key: value for key, value in one.items() if key not in _FREE_SETTINGS}
                 for one in (previous["settings"], settings)
             ]
-            self._check_same("settings", *fixed)
+            refuse_changes(what, *fixed, remedy)
             history = [*previous.get("earlier_commands", []), previous["command"]]
         record = {
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -86,20 +90,6 @@ class RunDirectory:
         }
         write_json(path, record)
         return record
-
-    def _check_same(
-        self, what: str, before: dict[str, Any], now: dict[str, Any]
-    ) -> None:
-        changed = {
-            key: f"{before.get(key)} before, {now.get(key)} now"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
-        }
-        if changed:
-            raise ValueError(
-                f"{self.folder} holds a run with other {what} ({changed}); give this "
-                "run its own output folder"
-            )
 
     def rewind(self, step: int) -> None:
         """Drop logged rows after `step`: the steps that are now taken again."""
@@ -191,12 +181,6 @@ class RunDirectory:
         if accelerator.is_main_process:
             for old in sorted(self.checkpoints.glob("step-*"))[:-keep]:
                 shutil.rmtree(old)
-
-
-def write_json(path: Path, content: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1, default=str))
-    os.replace(partial, path)
 
 
 def _versions() -> dict[str, str]:

@@ -27,7 +27,7 @@ from vllm_clover2.train.architectures import head_model_type
 from vllm_clover2.train.config import EvaluateConfig
 from vllm_clover2.train.data import AnswerSet, read_answers
 from vllm_clover2.train.evaluate import ReplayResult, parse_tree, summarise
-from vllm_clover2.train.run import write_json
+from vllm_clover2.train.records import write_json
 from vllm_clover2.tree import MAX_ROWS
 from vllm_clover2.tree.options import TreeOptions
 

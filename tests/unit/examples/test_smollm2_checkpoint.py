@@ -123,6 +123,7 @@ def test_missing_package_is_explained(monkeypatch):
 
 @pytest.mark.parametrize(("projection", "heads"), [("q", 9), ("k", 3)])
 @pytest.mark.parametrize("layer", [0, 29])
+@pytest.mark.slow
 def test_real_projections_are_unpermuted(target_dir, projection, heads, layer):
     reader = gguf.GGUFReader(smollm2_checkpoint.find_gguf())
     name = f"blk.{layer}.attn_{projection}.weight"
@@ -136,6 +137,7 @@ def test_real_projections_are_unpermuted(target_dir, projection, heads, layer):
     )
 
 
+@pytest.mark.slow
 def test_real_model_answers_a_known_question(target_dir):
     tokenizer = AutoTokenizer.from_pretrained(target_dir)
     model = LlamaForCausalLM.from_pretrained(target_dir)
@@ -143,6 +145,7 @@ def test_real_model_answers_a_known_question(target_dir):
     assert answer.startswith("The capital of France is Paris.")
 
 
+@pytest.mark.slow
 def test_real_tokenizer_reproduces_recorded_prompts(target_dir, data_dir):
     tokenizer = AutoTokenizer.from_pretrained(target_dir)
     lines = (data_dir / "train_prompts.jsonl").read_text("utf-8").splitlines()
@@ -155,6 +158,7 @@ def test_real_tokenizer_reproduces_recorded_prompts(target_dir, data_dir):
             assert token_ids == answer["prompt_token_ids"], answer["id"]
 
 
+@pytest.mark.slow
 def test_real_special_tokens_and_template(target_dir):
     tokenizer = AutoTokenizer.from_pretrained(target_dir)
     assert tokenizer.convert_tokens_to_ids("<|im_start|>") == 1

@@ -3,6 +3,7 @@
 
 import gzip
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -60,8 +61,11 @@ def config(tmp_path: Path) -> GenerateConfig:
         for n in range(10)
     ]
     prompts.write_text("\n".join(json.dumps(line) for line in lines))
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "model.safetensors").write_bytes(bytes(1000))
     return GenerateConfig(
-        target="any", prompts=prompts, output=tmp_path / "out.jsonl", chunk=3
+        target=str(target), prompts=prompts, output=tmp_path / "out.jsonl", chunk=3
     )
 
 
@@ -104,6 +108,66 @@ def test_a_stopped_run_continues_where_it_was(config: GenerateConfig) -> None:
     assert sorted(answer["id"] for answer in answers) == [f"p{n}" for n in range(10)]
     assert FakeEngine.asked == ["6", "7", "8", "9"]
     assert not partial.exists()
+
+
+@pytest.fixture
+def stopped(config: GenerateConfig) -> GenerateConfig:
+    """Of a call that stopped after six prompts."""
+    FakeEngine.fails_on = "7"
+    with pytest.raises(RuntimeError, match="engine died"):
+        generate(config)
+    FakeEngine.fails_on, FakeEngine.asked = None, []
+    return config
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperatures": [0.0]},
+        {"seed": 1},
+        {"max_new_tokens": 8},
+        {"max_model_len": 64},
+        {"dtype": "float32"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_answers_of_other_settings_are_not_mixed(
+    stopped: GenerateConfig, change: dict[str, Any]
+) -> None:
+    partial = stopped.output.with_name("out.jsonl.partial")
+    before = partial.read_bytes()
+    with pytest.raises(ValueError, match=rf"{next(iter(change))}.* before, .* now"):
+        generate(stopped.model_copy(update=change))
+    assert partial.read_bytes() == before
+    assert FakeEngine.asked == []
+    generate(stopped)  # its record is still that of the first call
+
+
+def test_answers_of_other_weights_or_prompts_are_not_mixed(
+    stopped: GenerateConfig, tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(stopped.target, moved)
+    (moved / "model.safetensors").write_bytes(bytes(999) + b"1")
+    with pytest.raises(ValueError, match="'target': 'sha256"):
+        generate(stopped.model_copy(update={"target": str(moved)}))
+    prompts = tmp_path / "other.jsonl"
+    prompts.write_text(stopped.prompts.read_text().replace('"9"', '"99"'))
+    with pytest.raises(ValueError, match="'prompts': "):
+        generate(stopped.model_copy(update={"prompts": prompts}))
+    # The same weights elsewhere are the same target.
+    (moved / "model.safetensors").write_bytes(bytes(1000))
+    (moved / "README.md").write_text("moved")
+    changes = {"target": str(moved), "chunk": 1, "kv_cache_gib": 1.0}
+    assert len(answers_of(generate(stopped.model_copy(update=changes)))) == 10
+
+
+def test_answers_without_a_record_are_not_continued(stopped: GenerateConfig) -> None:
+    stopped.output.with_name("out.jsonl.settings.json").unlink()
+    with pytest.raises(ValueError, match="delete that file to begin anew"):
+        generate(stopped)
+    stopped.output.with_name("out.jsonl.partial").unlink()
+    assert len(answers_of(generate(stopped))) == 10
 
 
 def test_output_is_packed_when_its_name_says_so(config: GenerateConfig) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
 from training_runs import ACCEPTANCE_FLOOR, acceptance, changed, run_until
 
 from vllm_clover2.model.weights import load_head
@@ -20,6 +22,7 @@ from vllm_clover2.train.loop import Trainer, frequent_tokens, train
 from vllm_clover2.train.optimizers import lr_factor
 
 
+@pytest.mark.slow
 def test_training_raises_acceptance(tiny_config: TrainConfig) -> None:
     config = changed(tiny_config, steps=300, ema_decay=0.9, draft_vocab_size=40)
     untrained = train(
@@ -105,6 +108,40 @@ def test_cached_hidden_states_change_nothing(tiny_config: TrainConfig) -> None:
             torch.testing.assert_close(tensor, expected[name], atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("change", ["weights", "precision"])
+def test_cache_of_other_states_is_refused(
+    tiny_config: TrainConfig, tmp_path: Path, change: str
+) -> None:
+    """Of a target of the same name and shape."""
+    target = shutil.copytree(tiny_config.target, tmp_path / "target")
+    cached = changed(tiny_config, target=str(target), hidden_cache=tmp_path / "cache")
+    Trainer(cached)
+    Trainer(cached)  # the same again
+    if change == "weights":
+        weights = load_file(target / "model.safetensors")
+        weights["model.norm.weight"] *= 2
+        save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    else:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        cached = changed(cached, precision="bf16")
+    name = {"weights": "target", "precision": "dtype"}[change]
+    with pytest.raises(ValueError, match=rf"cache .* made otherwise .*'{name}'"):
+        Trainer(cached)
+
+
+def test_run_of_another_target_is_refused(
+    tiny_config: TrainConfig, tmp_path: Path
+) -> None:
+    train(tiny_config)
+    target = shutil.copytree(tiny_config.target, tmp_path / "target")
+    train(changed(tiny_config, target=str(target)))  # the same elsewhere
+    weights = load_file(target / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="'target': "):
+        train(changed(tiny_config, target=str(target)))
+
+
 def test_cache_computes_only_what_is_missing(tiny_config: TrainConfig) -> None:
     trainer = Trainer(changed(tiny_config, hidden_cache=tiny_config.output / "cache"))
     cache = trainer.cache
@@ -184,7 +221,7 @@ def test_another_run_in_the_same_folder_is_refused(
 ) -> None:
     config = changed(tiny_config, steps=4)
     train(config)
-    with pytest.raises(ValueError, match="other settings.*own output folder"):
+    with pytest.raises(ValueError, match="made otherwise.*own output folder"):
         train(changed(config, steps=8, **change))
 
 
@@ -223,7 +260,7 @@ def test_run_directory_of_other_data_is_refused(
     fewer = tmp_path / "fewer.jsonl"
     lines = tiny_config.answers.read_text().splitlines(keepends=True)
     fewer.write_text("".join(lines[:100]))
-    with pytest.raises(ValueError, match="other data.*own output folder"):
+    with pytest.raises(ValueError, match="made otherwise.*own output folder"):
         train(changed(tiny_config, answers=fewer))
 
 

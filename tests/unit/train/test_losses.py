@@ -133,6 +133,7 @@ def test_chunked_loss_equals_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result.agreed <= result.weight).all()
 
 
+@pytest.mark.slow
 def test_compiled_loss_equals_the_plain_one() -> None:
     torch.manual_seed(0)
     rows = LossRows.build(MASK, LENGTHS, num_steps=2)

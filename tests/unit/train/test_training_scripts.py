@@ -12,6 +12,8 @@ from tiny_models import TINY_TRAINING
 from vllm_clover2.train.config import TrainConfig
 from vllm_clover2.train.loop import train
 
+pytestmark = pytest.mark.slow
+
 
 def run(
     script: object, arguments: list[object], monkeypatch: pytest.MonkeyPatch

@@ -6,18 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_cases import case_folders
 from safetensors.torch import load_file
 
 from vllm_clover2.model import Clover2Model
 from vllm_clover2.model.weights import from_reference
 from vllm_clover2.tree import grow_static, paper_tree
-
-CASES = (
-    "c1_mha_h64_v257_l1_d5",
-    "c2_gqa_h128_v257_l2_d5",
-    "c3_gqa_h96_v512_l1_d3",
-    "c4_mqa_h64_v1000_l1_d5_eps",
-)
 
 
 class PlainDraft:
@@ -49,10 +43,10 @@ class PlainDraft:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", CASES)
-def test_paper_tree_has_the_reference_tokens(golden_dir: Path, name: str) -> None:
-    draft = PlainDraft(golden_dir / name)
-    golden = load_file(golden_dir / name / "decode.safetensors")
+@pytest.mark.parametrize("case", case_folders(), ids=lambda case: case.name)
+def test_paper_tree_has_the_reference_tokens(case: Path) -> None:
+    draft = PlainDraft(case)
+    golden = load_file(case / "decode.safetensors")
     steps = [key for key in golden if key.endswith(".clover_h_last")]
     assert len(steps) > 1
     # All steps of the case as one batch of requests.

@@ -2,9 +2,9 @@
 """Static shapes."""
 
 import json
-from pathlib import Path
 
 import pytest
+from golden_cases import GOLDEN
 
 from vllm_clover2.tree import TreeShape, chain, paper_tree
 
@@ -15,8 +15,8 @@ def test_paper_tree_has_25_nodes_and_depth_5() -> None:
     assert shape.depth == 5
 
 
-def test_paper_tree_is_the_reference_tree(golden_dir: Path) -> None:
-    golden = json.loads((golden_dir / "static_tree.json").read_text())
+def test_paper_tree_is_the_reference_tree() -> None:
+    golden = json.loads((GOLDEN / "static_tree.json").read_text())
     shape = paper_tree()
     assert [list(path) for path in shape.paths] == golden["paths_as_listed"]
     assert list(shape.parents) == golden["node_parent"][1:]

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The wheel is all that a user needs beside vLLM: built, installed, and used without
+the checkout.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import vllm_clover2
+from vllm_clover2.heads import SHIPPED
+
+pytestmark = pytest.mark.slow
+
+REPO = Path(__file__).parents[2]
+# Of another process: no checkout on its path, no registry but the wheel's own.
+ENVIRONMENT = {
+    name: value
+    for name, value in os.environ.items()
+    if name not in ("PYTHONPATH", "VLLM_CLOVER2_HEADS", "XDG_CONFIG_HOME")
+} | {"CLOVER2_BUILD_CUDA": "0"}
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """The command's standard output; its errors show when it fails."""
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env=ENVIRONMENT | environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("wheel")
+
+
+@pytest.fixture(scope="module")
+def source_archive(folder: Path) -> Path:
+    build = (
+        f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    )
+    run(sys.executable, "-c", build, cwd=REPO)
+    return next(folder.glob("*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def wheel(folder: Path, source_archive: Path) -> Path:
+    """From the source archive, so that it holds what the ops are compiled from."""
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-cache-dir", "--no-deps")
+    run(*pip, "--no-build-isolation", source_archive, cwd=folder)
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def python(folder: Path, wheel: Path) -> Path:
+    """Python of an environment with the wheel, and this one's packages behind it."""
+    run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
+    python = folder / "venv" / "bin" / "python"
+    pip = (sys.executable, "-m", "pip", "--python", python, "install")
+    run(*pip, "--no-deps", "--no-index", wheel, cwd=folder)
+    packages = next(folder.glob("venv/lib/python*/site-packages"))
+    # The .pth files there, of the checkout's editable installation, are not read.
+    here = sysconfig.get_path("purelib")
+    (packages / "vllm_is_there.pth").write_text(here)
+    return python
+
+
+def test_contents_of_the_source_archive(source_archive: Path) -> None:
+    with tarfile.open(source_archive) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    tracked = ("kernels", "tests", "examples", ".ci", "vllm_clover2")
+    expected = run("git", "ls-files", "--", *tracked, cwd=REPO).split()
+    missing = set(expected) - names
+    assert not missing
+    assert {"LICENSE", "Makefile", "CHANGELOG.md", "CONTRIBUTING.md"} <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+def test_contents_of_the_wheel(wheel: Path) -> None:
+    version = vllm_clover2.__version__
+    assert wheel.name.startswith(f"vllm_clover2-{version}-cp311-abi3-linux_")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        for file in SHIPPED.rglob("*.*"):
+            packed = archive.read(file.relative_to(SHIPPED.parents[1]).as_posix())
+            assert packed == file.read_bytes()
+        about = f"vllm_clover2-{version}.dist-info"
+        entry_points = archive.read(f"{about}/entry_points.txt").decode()
+    assert "vllm_clover2/shipped_heads/smollm2-135m-instruct/config.json" in names
+    assert {"vllm_clover2/ops/_C.abi3.so", "vllm_clover2/py.typed"} <= names
+    assert f"{about}/licenses/LICENSE" in names
+    assert "[vllm.general_plugins]" in entry_points
+    assert "vllm-clover2 = vllm_clover2.cli:main" in entry_points
+    assert {name.partition("/")[0] for name in names} == {"vllm_clover2", about}
+
+
+def test_installed_command_knows_the_shipped_head(python: Path, folder: Path) -> None:
+    command = python.with_name("vllm-clover2")
+    listed = run(command, "heads", "list", cwd=folder, HOME=str(folder))
+    shipped = next(folder.glob("venv/**/shipped_heads/smollm2-135m-instruct"))
+    assert listed == f"SmolLM2-135M-Instruct -> {shipped} (ships with the package)\n"
+
+
+def test_installed_plugin_serves_with_the_shipped_head(
+    python: Path, folder: Path, target_dir: Path
+) -> None:
+    program = (
+        "import json, vllm_clover2\n"
+        "from vllm.engine.arg_utils import EngineArgs\n"
+        "from vllm_clover2 import ops\n"
+        f"args = EngineArgs({str(target_dir.resolve())!r}, \n"
+        '    speculative_config={"method": "clover2"})\n'
+        "config = args.create_engine_config()\n"
+        "print(json.dumps([vllm_clover2.__file__, config.speculative_config.model,\n"
+        "    config.parallel_config.worker_cls, ops.backend('cpu')]))\n"
+    )
+    shown = run(python, "-c", program, cwd=folder, HOME=str(folder))
+    package, head, worker, ops = json.loads(shown.splitlines()[-1])
+    assert Path(package).is_relative_to(folder)
+    assert Path(head) == Path(package).parent / "shipped_heads/smollm2-135m-instruct"
+    assert worker.startswith("vllm_clover2.")
+    assert ops == "native"
