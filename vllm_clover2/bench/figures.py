@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what requests took to the figures of methods, and their ratios to no speculation.
+"""From what requests took to figures of methods, and their ratios to no speculation.
 
 Definitions, used in all tables:
 
@@ -10,8 +10,8 @@ decode speed     one request at a time: tokens after the first by the time they 
                  (tokens - 1) / (last token - first token), the inverse of the time per
                  output token; prefills of other requests are in it, as users see them.
 request speed    tokens by the time from a request's arrival to its last token, summed
-                 over requests; what a task's speed-up is taken from, because tasks share
-                 the steps of an engine.
+                 over requests; what a task's speed-up is taken from, because tasks
+                 share the steps of an engine.
 tokens/step      tokens after the first by the steps that gave them, with or without a
                  draft. Without speculation it is 1.
 step time        the same time by the same steps.
@@ -24,7 +24,7 @@ neighbours in time); their median stands in tables, with the smallest and the la
 """
 
 import statistics
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -59,7 +59,7 @@ def accepted_by_step(
 class Steps(NamedTuple):
     """Steps after the first token, of one or several requests."""
 
-    count: int
+    num_steps: int
     reached: list[int]  # [k]: how many of them accepted at least k + 1 nodes
 
     @classmethod
@@ -73,14 +73,14 @@ class Steps(NamedTuple):
     def total(cls, parts: Sequence["Steps"]) -> "Steps":
         """All of them together."""
         columns = zip_longest(*(part.reached for part in parts), fillvalue=0)
-        return cls(sum(part.count for part in parts), [sum(c) for c in columns])
+        return cls(sum(part.num_steps for part in parts), [sum(c) for c in columns])
 
 
 @dataclass(frozen=True)
 class MeasuredRequest:
     """One answer in one round."""
 
-    content: Hashable  # token ids, or text where only that is known
+    content: Sequence[Any]  # token ids, or text where only that is known
     num_tokens: int
     first_token_seconds: float
     decode_seconds: float  # from the first token to the last
@@ -132,8 +132,8 @@ def _part(
             one.first_token_seconds for one in requests
         ),
         steps=steps,
-        tokens_per_step=later_tokens / steps.count if steps else None,
-        step_seconds=decode_seconds / steps.count if steps else None,
+        tokens_per_step=later_tokens / steps.num_steps if steps else None,
+        step_seconds=decode_seconds / steps.num_steps if steps else None,
     )
 
 
@@ -227,7 +227,7 @@ def _figures(
         "tokens_per_step": median(lambda part: part.tokens_per_step),
         "step_seconds": median(lambda part: part.step_seconds),
         "step_cost": speedup(lambda part: part.step_seconds),
-        "acceptance_by_depth": [reached / steps.count for reached in steps.reached],
+        "acceptance_by_depth": [reached / steps.num_steps for reached in steps.reached],
         "identical": sum(_identical(i, own, plain) for i in indices),
         "prompts": len(indices),
     }
@@ -259,7 +259,7 @@ def _identical(
     )
 
 
-def first_difference(own: Sequence[int], plain: Sequence[int]) -> int | None:
+def first_difference(own: Sequence[Any], plain: Sequence[Any]) -> int | None:
     """Position of the first token that differs, or at which one answer has ended."""
     for position, (mine, theirs) in enumerate(zip_longest(own, plain)):
         if mine != theirs:

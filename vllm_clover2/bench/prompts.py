@@ -74,5 +74,5 @@ def render(prompts: list[dict[str, Any]], target: str) -> list[Prompt]:
             prompt["messages"], add_generation_prompt=True, tokenize=False
         )
         token_ids = tokenizer(text, add_special_tokens=False).input_ids
-        rendered.append(Prompt(prompt["task"], text, token_ids))
+        rendered.append(Prompt(prompt["task"], str(text), token_ids))
     return rendered

@@ -8,11 +8,12 @@ others idle, so that what else happens on the machine happens to all of them.
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.progress import TimeElapsedColumn as Elapsed
 
 from vllm_clover2.bench import report
@@ -23,6 +24,7 @@ from vllm_clover2.bench.figures import (
     MeasuredRound,
     Steps,
     accepted_by_step,
+    first_difference,
     summarise,
 )
 from vllm_clover2.bench.prompts import (
@@ -37,6 +39,7 @@ __all__ = ["benchmark", "prepare"]
 
 _DEFAULT_MODEL_LEN = 2048
 _WARM_UP_TOKENS = 16
+_TABLE_WIDTH = 110  # in a file or pipe
 
 
 class Backend(Protocol):
@@ -124,8 +127,8 @@ def prepare(config: BenchmarkConfig) -> tuple[list[Prompt], int]:
     if len(records) < config.concurrency[-1]:
         raise ValueError(
             f"concurrency {config.concurrency[-1]} needs at least as many prompts, "
-            f"found {len(records)}; give more with --prompts or --max-prompts, or lower "
-            "--concurrency"
+            f"found {len(records)}; give more with --prompts or --max-prompts, or "
+            "lower --concurrency"
         )
     target_config = AutoConfig.from_pretrained(config.target)
     _check_heads(config, target_config)
@@ -161,12 +164,12 @@ def _check_heads(config: BenchmarkConfig, target_config: Any) -> None:
                 f"--head must be the folder of a Clover-2 head, found model_type "
                 f"{found!r} in {head}"
             )
-    if "eagle" in kinds and config.eagle_head is not None:
-        if head_model_type(config.eagle_head) == "clover2":
-            raise ValueError(
-                f"--eagle-head must be the folder of an EAGLE head, found a Clover-2 "
-                f"head in {config.eagle_head}"
-            )
+    eagle_head = config.eagle_head if "eagle" in kinds else None
+    if eagle_head is not None and head_model_type(eagle_head) == "clover2":
+        raise ValueError(
+            f"--eagle-head must be the folder of an EAGLE head, found a Clover-2 "
+            f"head in {eagle_head}"
+        )
 
 
 def benchmark(config: BenchmarkConfig) -> Path:
@@ -178,6 +181,8 @@ def benchmark(config: BenchmarkConfig) -> Path:
     prompts, max_model_len = prepare(config)
     config.output.mkdir(parents=True, exist_ok=True)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=_TABLE_WIDTH)
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -225,7 +230,7 @@ def _measure(
                     seconds, requests, steps = backend.answer(
                         prompts,
                         concurrency,
-                        lambda done, bar=bar: progress.update(bar, completed=done),
+                        partial(_advance, progress, bar),
                     )
                     progress.remove_task(bar)
                     tokens = sum(one.num_tokens for one in requests)
@@ -237,6 +242,10 @@ def _measure(
                     )
                     _write(config, prompts, rounds)
     return rounds
+
+
+def _advance(progress: Progress, bar: TaskID, done: int) -> None:
+    progress.update(bar, completed=done)
 
 
 def _write(
@@ -257,6 +266,13 @@ def _write(
 
 
 def _as_json(one: MeasuredRound, rounds: list[MeasuredRound]) -> dict[str, Any]:
+    """A round's requests one by one; `differs_at` says where a text is another."""
+    plain = next(
+        other
+        for other in rounds
+        if (other.method, other.concurrency, other.number)
+        == ("none", one.concurrency, one.number)
+    )
     return {
         "method": one.method,
         "concurrency": one.concurrency,
@@ -268,7 +284,8 @@ def _as_json(one: MeasuredRound, rounds: list[MeasuredRound]) -> dict[str, Any]:
                 "first_token_seconds": request.first_token_seconds,
                 "decode_seconds": request.decode_seconds,
                 "steps": request.steps and request.steps._asdict(),
+                "differs_at": first_difference(request.content, without.content),
             }
-            for request in one.requests
+            for request, without in zip(one.requests, plain.requests)
         ],
     }
