@@ -7,110 +7,31 @@ others idle, so that what else happens on the machine happens to all of them.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.progress import TimeElapsedColumn as Elapsed
 
 from vllm_clover2.bench import report
-from vllm_clover2.bench.config import METHODS, BenchmarkConfig, speculative_config
-from vllm_clover2.bench.engine import Answer, Engine
-from vllm_clover2.bench.figures import (
-    MeasuredRequest,
-    MeasuredRound,
-    Steps,
-    accepted_by_step,
-    first_difference,
-    summarise,
-)
+from vllm_clover2.bench.backend import Backend, EngineBackend
+from vllm_clover2.bench.config import METHODS, BenchmarkConfig
+from vllm_clover2.bench.figures import MeasuredRound, first_difference, summarise
 from vllm_clover2.bench.prompts import (
     Prompt,
     first_of_each_task,
     read_prompts,
     render,
 )
+from vllm_clover2.bench.served import ServerBackend, check_client_limits
 from vllm_clover2.records import provenance, write_json
 
 __all__ = ["benchmark", "prepare"]
 
 _DEFAULT_MODEL_LEN = 2048
-_WARM_UP_TOKENS = 16
 _TABLE_WIDTH = 110  # in a file or pipe
-
-
-class Backend(Protocol):
-    """Answers prompts with one method, until it is closed."""
-
-    def warm_up(self, prompts: Sequence[Prompt]) -> None:
-        """Answer these together, shortly."""
-
-    def answer(
-        self,
-        prompts: Sequence[Prompt],
-        concurrency: int,
-        report: Callable[[int], None],  # told how many are done
-    ) -> tuple[float, list[MeasuredRequest], Steps]:
-        """Answer all prompts; seconds, one result each, steps of all."""
-
-    def close(self) -> None:
-        """Free all that it has."""
-
-
-class EngineBackend:
-    """An engine of vLLM in a process of its own."""
-
-    def __init__(
-        self, config: BenchmarkConfig, method: str, max_model_len: int
-    ) -> None:
-        llm: dict[str, Any] = {
-            "model": config.target,
-            "dtype": config.dtype,
-            "max_model_len": max_model_len,
-            "max_num_seqs": config.concurrency[-1],
-            "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
-        }
-        if (speculation := speculative_config(config, method)) is not None:
-            llm["speculative_config"] = speculation
-            llm["per_request_spec_decode_metrics"] = "detailed"
-        self._max_tokens = config.max_tokens
-        self._engine = Engine(llm, config.output / f"engine-{method}.log")
-
-    def warm_up(self, prompts: Sequence[Prompt]) -> None:
-        tokens = [prompt.token_ids for prompt in prompts]
-        for _ in self._engine.answer(tokens, _WARM_UP_TOKENS):
-            pass
-
-    def answer(
-        self,
-        prompts: Sequence[Prompt],
-        concurrency: int,
-        report: Callable[[int], None],
-    ) -> tuple[float, list[MeasuredRequest], Steps]:
-        tokens = [prompt.token_ids for prompt in prompts]
-        for done in self._engine.answer(tokens, self._max_tokens, concurrency):
-            report(done)
-        one = self._engine.last_round
-        requests = [_measured(answer) for answer in one.answers]
-        steps = Steps.total([r.steps for r in requests if r.steps is not None])
-        return one.seconds, requests, steps
-
-    def close(self) -> None:
-        self._engine.close()
-
-
-def _measured(answer: Answer) -> MeasuredRequest:
-    num_tokens = len(answer.token_ids)
-    return MeasuredRequest(
-        content=tuple(answer.token_ids),
-        num_tokens=num_tokens,
-        first_token_seconds=answer.first_token_seconds,
-        decode_seconds=answer.decode_seconds,
-        steps=Steps.of(accepted_by_step(answer.accepted, num_tokens)),
-    )
 
 
 def prepare(config: BenchmarkConfig) -> tuple[list[Prompt], int]:
@@ -148,6 +69,8 @@ def prepare(config: BenchmarkConfig) -> tuple[list[Prompt], int]:
             f"--max-model-len, lower --max-tokens, or leave out the prompt that starts "
             f"{longest.text[:60]!r}"
         )
+    if config.served:
+        check_client_limits(prompts, config.max_tokens)
     return prompts, max_model_len
 
 
@@ -211,12 +134,13 @@ def _measure(
 ) -> list[MeasuredRound]:
     """Start all backends, then let them take turns."""
     say = progress.console.print
+    start = ServerBackend if config.served else EngineBackend
     rounds: list[MeasuredRound] = []
     with contextlib.ExitStack() as stack:
         backends: dict[str, Backend] = {}
         for method in config.methods:
             bar = progress.add_task(f"starting {method}", total=None)
-            backends[method] = EngineBackend(config, method, max_model_len)
+            backends[method] = start(config, method, max_model_len)
             stack.callback(backends[method].close)
             progress.remove_task(bar)
             say(f"{method}: ready")
