@@ -24,7 +24,7 @@ neighbours in time); their median stands in tables, with the smallest and the la
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -98,42 +98,54 @@ class MeasuredRound:
     requests: list[MeasuredRequest]  # in the order of the prompts
     steps: Steps  # of all requests
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of all answers by the time the round took."""
+        return sum(one.num_tokens for one in self.requests) / self.seconds
+
+    @property
+    def requests_in_flight(self) -> float:
+        """Mean over the round, which ends with fewer than it starts with."""
+        busy = (one.first_token_seconds + one.decode_seconds for one in self.requests)
+        return sum(busy) / self.seconds
+
 
 class _Part(NamedTuple):
-    """Figures of some requests of one round; None where they are not known."""
+    """Figures of some requests of one round; None where there is nothing to divide."""
 
-    decode_speed: float
+    decode_speed: float | None
     request_speed: float
     first_token_seconds: float
-    steps: Steps | None
+    steps: Steps
     tokens_per_step: float | None
     step_seconds: float | None
 
 
 def _part(
-    requests: list[MeasuredRequest], concurrency: int, steps: Steps | None
+    requests: list[MeasuredRequest],
+    concurrency: int,
+    steps: Steps | None,  # None: those of the requests, where they are known
 ) -> _Part:
-    decoded = [one for one in requests if one.num_tokens > 1]
-    later_tokens = sum(one.num_tokens - 1 for one in decoded)
-    decode_seconds = sum(one.decode_seconds for one in decoded)
-    if concurrency == 1:
-        decode_speed = later_tokens / decode_seconds
-    else:
-        decode_speed = statistics.median(
-            (one.num_tokens - 1) / one.decode_seconds for one in decoded
-        )
-    if steps is None and all(one.steps is not None for one in requests):
-        steps = Steps.total([one.steps for one in requests if one.steps is not None])
+    if steps is None:
+        known = [one.steps for one in requests if one.steps is not None]
+        steps = Steps.total(known)
+    later_tokens = sum(one.num_tokens - 1 for one in requests)
+    decode_seconds = sum(one.decode_seconds for one in requests)
+    # A client may receive a short answer in one piece, which has no speed.
+    decoded = [one for one in requests if one.decode_seconds > 0]
+    speeds = [(one.num_tokens - 1) / one.decode_seconds for one in decoded]
+    if concurrency == 1 and decoded:
+        speeds = [later_tokens / decode_seconds]
+    seconds = [one.first_token_seconds + one.decode_seconds for one in requests]
     return _Part(
-        decode_speed=decode_speed,
-        request_speed=sum(one.num_tokens for one in requests)
-        / sum(one.first_token_seconds + one.decode_seconds for one in requests),
+        decode_speed=statistics.median(speeds) if speeds else None,
+        request_speed=sum(one.num_tokens for one in requests) / sum(seconds),
         first_token_seconds=statistics.median(
             one.first_token_seconds for one in requests
         ),
         steps=steps,
-        tokens_per_step=later_tokens / steps.num_steps if steps else None,
-        step_seconds=decode_seconds / steps.num_steps if steps else None,
+        tokens_per_step=later_tokens / steps.num_steps if steps.num_steps else None,
+        step_seconds=decode_seconds / steps.num_steps if steps.num_steps else None,
     )
 
 
@@ -160,82 +172,79 @@ def summarise(
 def _method(
     tasks: Sequence[str], own: list[MeasuredRound], plain: list[MeasuredRound]
 ) -> dict[str, Any]:
-    speeds, plain_speeds = (
-        [sum(one.num_tokens for one in r.requests) / r.seconds for r in side]
-        for side in (own, plain)
-    )
-    indices = list(range(len(tasks)))
+    everything = range(len(tasks))
     by_task = {
-        task: _figures([i for i in indices if tasks[i] == task], own, plain, False)
+        task: _figures([i for i in everything if tasks[i] == task], own, plain)
         for task in dict.fromkeys(tasks)
     }
-    busy = [
-        sum(one.first_token_seconds + one.decode_seconds for one in r.requests)
-        / r.seconds
-        for r in own
-    ]
+    speeds = [one.tokens_per_second for one in own]
     return {
         "tokens_per_second": statistics.median(speeds),
         "tokens_per_second_by_round": speeds,
-        "speedup": _ratios(speeds, plain_speeds),
-        "requests_in_flight": statistics.mean(busy),
-        **_figures(indices, own, plain, True),
+        "speedup": _ratios(speeds, [one.tokens_per_second for one in plain]),
+        "requests_in_flight": statistics.mean(one.requests_in_flight for one in own),
+        **_figures(everything, own, plain),
         "mean_over_tasks": {
-            name: statistics.mean(
-                figures[name]["median"] for figures in by_task.values()
-            )
+            name: statistics.mean(ratios)
             for name in ("decode_speedup", "request_speedup")
+            if (
+                ratios := [
+                    task[name]["median"] for task in by_task.values() if task[name]
+                ]
+            )
         },
         "by_task": by_task,
     }
 
 
 def _figures(
-    indices: list[int],  # of prompts
+    indices: Sequence[int],  # of prompts
     own: list[MeasuredRound],
     plain: list[MeasuredRound],
-    whole: bool,  # these are all prompts
 ) -> dict[str, Any]:
     def parts(rounds: list[MeasuredRound]) -> list[_Part]:
         return [
             _part(
-                [r.requests[i] for i in indices],
-                r.concurrency,
-                r.steps if whole else None,
+                [one.requests[i] for i in indices],
+                one.concurrency,
+                one.steps if len(indices) == len(one.requests) else None,
             )
-            for r in rounds
+            for one in rounds
         ]
 
     mine, theirs = parts(own), parts(plain)
 
-    def median(value: Callable[[_Part], float | None]) -> float | None:
-        known = [found for part in mine if (found := value(part)) is not None]
+    def median(name: str) -> float | None:
+        known = [value for part in mine if (value := getattr(part, name)) is not None]
         return statistics.median(known) if known else None
 
-    def speedup(value: Callable[[_Part], float | None]) -> dict[str, float] | None:
-        sides = [[value(part) for part in side] for side in (mine, theirs)]
-        return None if None in sides[0] + sides[1] else _ratios(*sides)
+    def ratios(name: str) -> dict[str, float] | None:
+        return _ratios(*([getattr(p, name) for p in side] for side in (mine, theirs)))
 
-    known = [part.steps for part in mine if part.steps is not None]
-    steps = Steps.total(known)
+    steps = Steps.total([part.steps for part in mine])
     return {
-        "decode_tokens_per_second": median(lambda part: part.decode_speed),
-        "decode_speedup": speedup(lambda part: part.decode_speed),
-        "request_tokens_per_second": median(lambda part: part.request_speed),
-        "request_speedup": speedup(lambda part: part.request_speed),
-        "first_token_seconds": median(lambda part: part.first_token_seconds),
-        "tokens_per_step": median(lambda part: part.tokens_per_step),
-        "step_seconds": median(lambda part: part.step_seconds),
-        "step_cost": speedup(lambda part: part.step_seconds),
-        "acceptance_by_depth": [reached / steps.num_steps for reached in steps.reached],
+        "decode_tokens_per_second": median("decode_speed"),
+        "decode_speedup": ratios("decode_speed"),
+        "request_tokens_per_second": median("request_speed"),
+        "request_speedup": ratios("request_speed"),
+        "first_token_seconds": median("first_token_seconds"),
+        "tokens_per_step": median("tokens_per_step"),
+        "step_seconds": median("step_seconds"),
+        "step_cost": ratios("step_seconds"),
+        "acceptance_by_depth": [count / steps.num_steps for count in steps.reached],
         "identical": sum(_identical(i, own, plain) for i in indices),
         "prompts": len(indices),
     }
 
 
-def _ratios(own: Sequence[Any], plain: Sequence[Any]) -> dict[str, float]:
-    """Median and spread of the rounds' ratios."""
-    ratios = [mine / theirs for mine, theirs in zip(own, plain)]
+def _ratios(
+    own: Sequence[float | None], plain: Sequence[float | None]
+) -> dict[str, float] | None:
+    """Median and spread of the rounds' ratios; None if there is none."""
+    pairs = zip(own, plain)  # an interrupted method has fewer rounds
+    ratios = [mine / theirs for mine, theirs in pairs if mine and theirs]
+    if not ratios:
+        return None
     return {
         "median": statistics.median(ratios),
         "min": min(ratios),

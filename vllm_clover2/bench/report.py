@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables of a benchmark, for the terminal and as Markdown, and its plots."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ _HEADINGS = (
     "step cost",
     "identical",
 )
+_UNKNOWN = dict.fromkeys(("median", "min", "max"), math.nan)  # leaves a gap
 
 
 def show(console: Console, results: list[dict[str, Any]]) -> None:
@@ -51,8 +53,28 @@ def markdown(results: list[dict[str, Any]]) -> str:
         ]
         if acceptance := _acceptance(result):
             lines += ["", *(f"- {line}" for line in acceptance)]
+        lines += ["", *_task_table(result)]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"
+
+
+def _task_table(result: dict[str, Any]) -> list[str]:
+    """Markdown lines: what requests of each task gain, prefills included."""
+    methods = {name: f for name, f in result["methods"].items() if name != "none"}
+    lines = [
+        f"| speed-up by task | {' | '.join(methods)} |",
+        f"| --- |{' ---: |' * len(methods)}",
+    ]
+    for task in result["methods"]["none"]["by_task"]:
+        cells = [
+            _ratio(f["by_task"][task]["request_speedup"]) for f in methods.values()
+        ]
+        lines.append(f"| {task} | {' | '.join(cells)} |")
+    means = [
+        f"{figures['mean_over_tasks']['request_speedup']:.2f}x"
+        for figures in methods.values()
+    ]
+    return [*lines, f"| mean | {' | '.join(means)} |"] if methods else []
 
 
 def _title(result: dict[str, Any]) -> str:
@@ -68,7 +90,7 @@ def _rows(result: dict[str, Any]) -> list[list[str]]:
             _ratio(figures["speedup"]),
             _ratio(figures["decode_speedup"]),
             f"{figures['first_token_seconds'] * 1000:.0f} ms",
-            f"{figures['tokens_per_step']:.2f}",
+            _number(figures["tokens_per_step"]),
             _ratio(figures["step_cost"]),
             f"{figures['identical']} of {figures['prompts']}",
         ]
@@ -76,8 +98,14 @@ def _rows(result: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def _ratio(ratio: dict[str, float]) -> str:
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _ratio(ratio: dict[str, float] | None) -> str:
     """Median of the rounds, and their spread where there is any."""
+    if ratio is None:
+        return "-"
     spread = [f"{ratio[bound]:.2f}" for bound in ("min", "max")]
     text = f"{ratio['median']:.2f}x"
     return text if spread[0] == spread[1] else f"{text} ({'-'.join(spread)})"
@@ -109,6 +137,7 @@ def plot_load(results: list[dict[str, Any]], path: Path) -> None:
                 if method == "none":
                     continue
                 ratios = [result["methods"][method][key] for result in results]
+                ratios = [r or _UNKNOWN for r in ratios]
                 lows, highs = ([r[bound] for r in ratios] for bound in ("min", "max"))
                 medians = [r["median"] for r in ratios]
                 (line,) = axis.plot(loads, medians, marker="o", label=method)

@@ -69,7 +69,7 @@ class ServerBackend:
         content = [{"conversations": conversation} for conversation in turns]
         self._dataset.write_text(json.dumps(content), "utf-8")
         self._result.unlink(missing_ok=True)
-        command = [
+        command: list[str | Path] = [
             *(Path(sys.executable).with_name("vllm"), "bench", "serve"),
             *("--backend", "openai", "--model", self._config.target),
             *("--host", "127.0.0.1", "--port", str(self._port)),

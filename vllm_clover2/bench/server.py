@@ -30,7 +30,7 @@ def server(arguments: list[str], log: Path) -> Iterator[str]:
         RuntimeError: it does not start; the message has the end of its log.
     """
     port = _free_port()
-    command = [Path(sys.executable).with_name("vllm"), "serve", *arguments]
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", *arguments]
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)],
