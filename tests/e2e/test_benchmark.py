@@ -18,6 +18,7 @@ def benchmark(target: Path, head: Path, output: Path, *words: str) -> dict[str, 
     command = [sys.executable, "-m", "vllm_clover2.cli", "benchmark"]
     command += ["--target", target, "--head", head, "--output", output]
     command += ["--dtype", "float32", "--kv-cache-gib", "0.05", "--max-prompts", "1"]
+    command += ["--enforce-eager"]
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",

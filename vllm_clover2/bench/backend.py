@@ -88,6 +88,7 @@ def engine_arguments(
         "max_model_len": max_model_len,
         "max_num_seqs": config.concurrency[-1],
         "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
+        "enforce_eager": config.enforce_eager,
     }
     if (speculation := speculative_config(config, method)) is not None:
         arguments["speculative_config"] = speculation

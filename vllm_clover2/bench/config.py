@@ -72,6 +72,9 @@ class BenchmarkConfig(BaseModel):
     kv_cache_gib: float = Field(
         2.0, gt=0, description="KV cache of each engine in GiB; all run side by side"
     )
+    enforce_eager: bool = Field(
+        False, description="do not compile the target: starts sooner, runs slower"
+    )
     served: bool = Field(
         False, description="measure `vllm serve` with `vllm bench serve` instead"
     )

@@ -8,6 +8,7 @@ others idle, so that what else happens on the machine happens to all of them.
 
 import contextlib
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,11 @@ def prepare(config: BenchmarkConfig) -> tuple[list[Prompt], int]:
     """
     from transformers import AutoConfig
 
+    if find_spec("matplotlib") is None:
+        raise ValueError(
+            "plots need the package matplotlib, which is not installed; "
+            "`pip install matplotlib`"
+        )
     records = first_of_each_task(read_prompts(config.prompts), config.max_prompts)
     if len(records) < config.concurrency[-1]:
         raise ValueError(

@@ -102,9 +102,12 @@ def server_arguments(
     """Words after `vllm serve`: the engine's arguments as options."""
     words = [config.target, "--no-enable-prefix-caching"]
     for name, value in engine_arguments(config, method, max_model_len).items():
-        if name != "model":
+        option = f"--{name.replace('_', '-')}"
+        if value is True:
+            words += [option]
+        elif name != "model" and value is not False:
             text = json.dumps(value) if isinstance(value, dict) else str(value)
-            words += [f"--{name.replace('_', '-')}", text]
+            words += [option, text]
     return words
 
 

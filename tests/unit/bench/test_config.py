@@ -111,6 +111,14 @@ def test_a_target_without_a_known_head_is_refused(
     assert (len(prompts), max_model_len) == (12, 2048)
 
 
+def test_a_missing_plot_library_is_found_out_first(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(run, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        run.prepare(BenchmarkConfig(target=str(target), methods=["none"]))
+
+
 @pytest.mark.parametrize(
     ("option", "kind", "found"),
     [("head", "llama", "'llama'"), ("eagle_head", "clover2", "a Clover-2 head")],

@@ -66,7 +66,11 @@ def test_servers_get_the_settings_of_engines():
     assert options["--max-model-len"] == "512"
     assert options["--kv-cache-memory-bytes"] == str(1 << 29)
     assert options["--speculative-config"].startswith('{"method": "ngram"')
-    assert "--speculative-config" not in server_arguments(config, "none", 512)
+    plain = server_arguments(config, "none", 512)
+    assert "--speculative-config" not in plain
+    assert "--enforce-eager" not in plain
+    eager = config.model_copy(update={"enforce_eager": True})
+    assert set(server_arguments(eager, "none", 512)) - set(plain) == {"--enforce-eager"}
 
 
 def test_a_client_that_stops_names_its_log(
