@@ -9,6 +9,7 @@ that of vLLM, goes to a log.
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from typing import Any, ClassVar
 __all__ = ["Answer", "Engine", "Round"]
 
 _LOG_TAIL = 2000  # characters
-_CLOSE_SECONDS = 60  # for a round that is still running, and for vLLM to stop
+_CLOSE_SECONDS = 20  # a round that takes longer, when interrupted, is cut off
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,13 @@ class Engine:
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
+                start_new_session=True,  # so that its whole group can be stopped
             )
-        self._receive()
+        try:
+            self._receive()
+        except BaseException:
+            self.close()
+            raise
 
     def answer(
         self,
@@ -100,12 +106,16 @@ class Engine:
         self.last_round = Round(message["seconds"], answers)
 
     def close(self) -> None:
-        """Stop the engine and wait for its process."""
-        try:
-            self.process.communicate(timeout=_CLOSE_SECONDS)  # closing stdin ends it
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        """Stop the engine and all its processes."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()  # ends it
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(_CLOSE_SECONDS)
+        # vLLM's own processes outlive one that was killed.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
     def _receive(self) -> dict[str, Any]:
         assert self.process.stdout is not None

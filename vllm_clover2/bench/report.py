@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -27,14 +28,19 @@ _UNKNOWN = dict.fromkeys(("median", "min", "max"), math.nan)  # leaves a gap
 def show(console: Console, results: list[dict[str, Any]]) -> None:
     """Print one table for each number of requests in flight."""
     for result in results:
-        table = Table(title=_title(result), title_justify="left")
-        for heading in _HEADINGS:
-            first = heading == _HEADINGS[0]
-            table.add_column(
-                heading, justify="left" if first else "right", no_wrap=first
-            )
+        # Fits 80 columns: no lines between columns, spreads below their medians.
+        table = Table(
+            title=_title(result),
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=0,
+        )
+        table.add_column(_HEADINGS[0], overflow="fold")
+        for heading in _HEADINGS[1:]:
+            lines = heading.replace(" ", "\n").replace("/", "\n/")
+            table.add_column(lines, justify="right", no_wrap=True)
         for row in _rows(result):
-            table.add_row(*row)
+            table.add_row(*(cell.replace(" (", "\n").rstrip(")") for cell in row))
         console.print(table)
         for line in _acceptance(result):
             console.print(line)

@@ -32,7 +32,6 @@ from vllm_clover2.records import provenance, write_json
 __all__ = ["benchmark", "prepare"]
 
 _DEFAULT_MODEL_LEN = 2048
-_TABLE_WIDTH = 110  # in a file or pipe
 
 
 def prepare(config: BenchmarkConfig) -> tuple[list[Prompt], int]:
@@ -110,8 +109,6 @@ def benchmark(config: BenchmarkConfig) -> Path:
     prompts, max_model_len = prepare(config)
     config.output.mkdir(parents=True, exist_ok=True)
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=_TABLE_WIDTH)
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),

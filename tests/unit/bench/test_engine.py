@@ -2,6 +2,8 @@
 """Handling of engine processes: what they answer, and what is said when they stop."""
 
 import json
+import os
+import time
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,6 +64,36 @@ def test_an_engine_reports_progress_and_then_the_round(program: Path, tmp_path: 
     assert list(engine.answer([[1]] * 3, max_tokens=2)) == [0, 1]
     engine.close()
     assert engine.process.returncode == 0
+
+
+@pytest.mark.parametrize("end", ["answers", "is killed"])
+def test_processes_of_an_engine_do_not_outlive_it(
+    end: str, program: Path, tmp_path: Path
+):
+    program.write_text(
+        "import os, signal, subprocess, sys\n"
+        "core = subprocess.Popen(['sleep', '99'], stdout=subprocess.DEVNULL)\n"
+        "print('{\"ready\": true}', flush=True)\n"
+        f"if {end!r} == 'is killed':\n"
+        "    sys.stdin.readline()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "sys.stdin.read()\n"
+    )
+    engine = Engine({}, tmp_path / "engine.log")
+    if end == "is killed":
+        with pytest.raises(RuntimeError, match="code -9"):
+            list(engine.answer([[1]], max_tokens=2))
+    group = engine.process.pid
+    os.killpg(group, 0)  # something of it is there
+    engine.close()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)  # until its parent, init, has taken note
+    raise AssertionError("a process of the engine is still there")
 
 
 class WindowedEngine:
