@@ -10,19 +10,23 @@ the rounds. Tables go to the terminal, all figures to ``build/demo.json``.
 
 import argparse
 import json
-import shlex
-import sys
 from pathlib import Path
+from typing import Any
 
-from demo_engine import METHODS, Engine, EngineOptions
-from demo_report import provenance, show, summarise
+from demo_report import METHODS, show, summarise
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.progress import TimeElapsedColumn as Elapsed
 
+from vllm_clover2.bench.config import SHIPPED_PROMPTS
+from vllm_clover2.bench.engine import Engine
+from vllm_clover2.bench.prompts import Prompt, read_prompts, render
 from vllm_clover2.heads import SHIPPED
+from vllm_clover2.records import provenance
 
 HERE = Path(__file__).parent
+KV_CACHE_BYTES = 2 << 30  # of each engine; about 45,000 tokens of SmolLM2 in float32
+MAX_MODEL_LEN = 2048
 
 
 def parse_args() -> argparse.Namespace:
@@ -35,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     option(
         "--prompts",
         type=Path,
-        default=HERE / "prompts.jsonl",
+        default=SHIPPED_PROMPTS,
         help="JSON lines with `messages` and, if wanted, `task`",
     )
     option("--concurrency", type=int, default=1, help="requests in flight")
@@ -63,32 +67,32 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def read_prompts(path: Path) -> list[dict]:
-    """Prompts with `messages` and `task`."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    prompts = [{"task": "all"} | json.loads(line) for line in lines if line.strip()]
-    if not prompts or not all(prompt.get("messages") for prompt in prompts):
-        raise ValueError(
-            f"{path} must hold one JSON object with `messages` on each line, "
-            f"found {len(prompts)} lines, some without."
-        )
-    return prompts
+def engine_arguments(args: argparse.Namespace, method: str) -> dict[str, Any]:
+    """What `vllm.LLM` is told, as a user would."""
+    arguments = {
+        "model": str(args.target),
+        "dtype": args.dtype,
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_seqs": args.concurrency,
+        "kv_cache_memory_bytes": KV_CACHE_BYTES,
+    }
+    if (tree := METHODS[method].tree) is not None:
+        speculation = {"method": "clover2", "model": str(args.head), "tree": tree}
+        # A chain is as long as its head was trained for.
+        if args.num_speculative_tokens and tree != "chain":
+            speculation["num_speculative_tokens"] = args.num_speculative_tokens
+        arguments["speculative_config"] = speculation
+        arguments["per_request_spec_decode_metrics"] = "detailed"
+    return arguments
 
 
-def run(args: argparse.Namespace, prompts: list[dict], progress: Progress) -> dict:
+def run(args: argparse.Namespace, prompts: list[Prompt], progress: Progress) -> dict:
     """Start the engines, then let each answer all prompts `repeats` times.
 
     Returns:
         For each method its rounds, see `Engine.answer`.
     """
-    options = EngineOptions(
-        target=str(args.target),
-        head=str(args.head),
-        dtype=args.dtype,
-        concurrency=args.concurrency,
-        max_tokens=args.max_tokens,
-        num_speculative_tokens=args.num_speculative_tokens,
-    )
+    token_ids = [prompt.token_ids for prompt in prompts]
     bars = {
         method: progress.add_task(METHODS[method].title, total=None, note="waiting")
         for method in args.methods
@@ -99,15 +103,18 @@ def run(args: argparse.Namespace, prompts: list[dict], progress: Progress) -> di
         for method, bar in bars.items():
             progress.update(bar, note="loading the model")
             log = args.output.with_name(f"demo-{method}.log")
-            engines[method] = Engine(method, options, log)
+            engines[method] = Engine(engine_arguments(args, method), log)
+            for _ in engines[method].answer(
+                token_ids[: args.concurrency], args.max_tokens
+            ):
+                progress.update(bar, note="warming up")
             progress.update(bar, note="ready", total=args.repeats * len(prompts))
         for number in range(1, args.repeats + 1):
             for method, engine in engines.items():
                 note = f"round {number} of {args.repeats}"
                 progress.update(bars[method], note=note)
-                conversations = [prompt["messages"] for prompt in prompts]
                 finished = progress.tasks[bars[method]].completed
-                for done in engine.answer(conversations):
+                for done in engine.answer(token_ids, args.max_tokens):
                     progress.update(bars[method], completed=finished + done)
                 rounds[method].append(engine.last_round)
                 speed = engine.last_round.tokens_per_second
@@ -121,7 +128,8 @@ def run(args: argparse.Namespace, prompts: list[dict], progress: Progress) -> di
 def main() -> None:
     """Run, print the tables, write the figures."""
     args = parse_args()
-    prompts = read_prompts(args.prompts)
+    records = read_prompts(args.prompts)
+    prompts = render(records, str(args.target))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     console = Console()
     columns = (
@@ -138,9 +146,9 @@ def main() -> None:
     with Progress(*columns, console=console) as progress:
         rounds = run(args, prompts, progress)
     figures = {
-        "methods": summarise(prompts, rounds),
+        "methods": summarise(records, rounds),
         "options": {name: str(value) for name, value in vars(args).items()},
-        "provenance": provenance(shlex.join(["python", *sys.argv])),
+        "provenance": provenance(),
     }
     args.output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     show(console, figures["methods"])

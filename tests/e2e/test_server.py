@@ -13,9 +13,10 @@ from typing import Any
 import openai
 import pytest
 from engines import Engine
-from serve import server
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
+
+from vllm_clover2.bench.server import server
 
 pytestmark = pytest.mark.slow
 

@@ -17,6 +17,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from vllm_clover2.ops import tree_accept
+from vllm_clover2.records import write_json
 from vllm_clover2.train.architectures import Architecture, Replay, load_draft
 from vllm_clover2.train.config import EvaluateConfig
 from vllm_clover2.train.data import (
@@ -27,7 +28,6 @@ from vllm_clover2.train.data import (
     token_budget_batches,
 )
 from vllm_clover2.train.hidden import Target
-from vllm_clover2.train.run import write_json
 from vllm_clover2.tree import (
     DynamicTree,
     GrownTrees,

@@ -13,11 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vllm_clover2.train.records import (
-    refuse_changes,
-    target_fingerprint,
-    write_json,
-)
+from vllm_clover2.records import write_json
+from vllm_clover2.train.records import refuse_changes, target_fingerprint
 
 __all__ = ["GenerateConfig", "generate", "temperature_of"]
 

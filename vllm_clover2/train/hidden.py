@@ -14,12 +14,9 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
+from vllm_clover2.records import write_json
 from vllm_clover2.train.data import AnswerSet, Batch
-from vllm_clover2.train.records import (
-    refuse_changes,
-    target_fingerprint,
-    write_json,
-)
+from vllm_clover2.train.records import refuse_changes, target_fingerprint
 
 __all__ = ["HiddenStateCache", "Target", "TargetStates"]
 

@@ -2,13 +2,11 @@
 """What a file that is continued says of itself, and how to know a target again."""
 
 import hashlib
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["refuse_changes", "target_fingerprint", "write_json"]
+__all__ = ["refuse_changes", "target_fingerprint"]
 
 # Of a large file this many blocks are hashed, evenly spread: no other training of a
 # model has the same ones, and a large target is known in a second.
@@ -61,10 +59,3 @@ def refuse_changes(
     }
     if changed:
         raise ValueError(f"{what} was made otherwise ({changed}); {remedy}")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Replace `path` as a whole, or leave it as it was."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1, default=str))
-    os.replace(partial, path)

@@ -6,15 +6,14 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from vllm_clover2.train.records import refuse_changes, write_json
+from vllm_clover2.records import git_commit, versions, write_json
+from vllm_clover2.train.records import refuse_changes
 
 __all__ = ["RunDirectory"]
 
@@ -83,8 +82,8 @@ class RunDirectory:
         record = {
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "earlier_commands": history,
-            "versions": {"python": platform.python_version(), **_versions()},
-            "git": _git_commit(),
+            "versions": {"python": platform.python_version(), **versions(_PACKAGES)},
+            "git": git_commit(),
             "data": data,
             "settings": settings,
         }
@@ -181,22 +180,3 @@ class RunDirectory:
         if accelerator.is_main_process:
             for old in sorted(self.checkpoints.glob("step-*"))[:-keep]:
                 shutil.rmtree(old)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def _git_commit() -> str | None:
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        out = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return out.stdout.strip()

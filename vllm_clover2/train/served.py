@@ -23,11 +23,12 @@ import numpy as np
 from pydantic import ValidationError
 from transformers import AutoConfig
 
+from vllm_clover2.bench.figures import accepted_by_step
+from vllm_clover2.records import write_json
 from vllm_clover2.train.architectures import head_model_type
 from vllm_clover2.train.config import EvaluateConfig
 from vllm_clover2.train.data import AnswerSet, read_answers
 from vllm_clover2.train.evaluate import ReplayResult, parse_tree, summarise
-from vllm_clover2.train.records import write_json
 from vllm_clover2.tree import MAX_ROWS
 from vllm_clover2.tree.options import TreeOptions
 
@@ -85,20 +86,10 @@ def count_steps(
     num_tokens: int,  # of the answer
     depth: int,
 ) -> ReplayResult:
-    """One served answer, counted as the replay counts it.
-
-    The engine does not cut the last step's path where the answer ends; a step that
-    nothing was drafted for is one that accepted nothing.
-    """
-    left = num_tokens - 1  # the first token comes from the prefill
-    lengths = []
-    for length in accepted:
-        lengths.append(min(length, left))
-        left = max(0, left - length - 1)
-    lengths += [0] * left
-    paths = np.array(lengths, dtype=np.int64)
+    """One served answer, counted as the replay counts it."""
+    paths = np.array(accepted_by_step(accepted, num_tokens), dtype=np.int64)
     return ReplayResult(
-        steps=len(lengths),
+        steps=len(paths),
         emitted=num_tokens - 1,
         reached=(np.arange(depth) < paths[:, None]).sum(axis=0),
         nodes=num_nodes,

@@ -1,27 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's figures, from rounds with known results, and its handling of engines."""
+"""The demo's figures, from rounds with known results, and its command line."""
 
 import json
 import sys
 
 import demo
-import demo_engine
 import pytest
-from demo_engine import Answer, Engine, EngineOptions, Round
 from demo_report import acceptance, show, summarise
 from rich.console import Console
+
+from vllm_clover2.bench.engine import Answer, Round
 
 PROMPTS = [
     {"task": "qa", "messages": [{"role": "user", "content": "one"}]},
     {"task": "code", "messages": [{"role": "user", "content": "two"}]},
 ]
-OPTIONS = EngineOptions("target", "head", "float32", 1, 8, None)
 
 
 def answer(
     token_ids: list[int], seconds: float, accepted: list[int] | None = None
 ) -> Answer:
-    return Answer("text", token_ids, seconds, accepted or [])
+    return Answer("text", token_ids, seconds, 0.5, seconds - 0.5, accepted or [])
 
 
 @pytest.fixture
@@ -29,8 +28,8 @@ def rounds() -> dict[str, list[Round]]:
     plain = Round(8.0, [answer([1] * 4, 4.0), answer([2] * 4, 4.0)])
     slow = Round(80.0, plain.answers)
     # Answer one: of 4 steps, two accepted 0 drafts, one accepted 1, one accepted 3.
-    same = answer([1] * 4, 1.0, [2, 1, 0, 1, 0])
-    other = answer([2, 2, 2, 3], 3.0, [4, 0, 0, 0, 0])
+    same = answer([1] * 4, 1.0, [0, 3, 0, 1])
+    other = answer([2, 2, 2, 3], 3.0, [0, 0, 0, 0])
     drafted = Round(4.0, [same, other])
     return {"none": [plain, slow, plain], "clover2": [drafted] * 3}
 
@@ -82,47 +81,24 @@ def test_tables_show_the_figures(rounds):
     assert "accepted at position 1, 2, ... 25% 12% 12%" in text
 
 
-def test_shipped_prompts_are_a_diverse_dozen():
-    prompts = demo.read_prompts(demo.HERE / "prompts.jsonl")
-    assert len(prompts) == 12
-    assert len({prompt["task"] for prompt in prompts}) >= 6
-
-
-def test_prompts_without_messages_are_refused(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"messages": []}\n')
-    with pytest.raises(ValueError, match=r"prompts.jsonl must hold .* `messages`"):
-        demo.read_prompts(path)
-
-
 @pytest.mark.parametrize("given", [["clover2"], ["clover2", "none"]])
 def test_the_method_to_compare_with_comes_first(monkeypatch, given):
     monkeypatch.setattr(sys, "argv", ["demo.py", "--methods", *given])
     assert demo.parse_args().methods == ["none", "clover2"]
 
 
-def test_an_engine_that_stops_shows_its_log(tmp_path, monkeypatch):
-    program = tmp_path / "engine.py"
-    program.write_text("import sys; sys.exit('out of memory, for example')")
-    monkeypatch.setattr(demo_engine, "__file__", str(program))
-    with pytest.raises(RuntimeError, match="code 1.*(?s:.*)out of memory, for example"):
-        Engine("none", OPTIONS, tmp_path / "engine.log")
-
-
-def test_an_engine_reports_progress_and_then_the_round(tmp_path, monkeypatch):
-    expected = Round(2.0, [answer([5, 6], 2.0)])
-    line = json.dumps(demo_engine.asdict(expected))
-    program = tmp_path / "engine.py"
-    program.write_text(
-        "import json, sys\n"
-        "print(json.dumps({'ready': sys.argv[1]}), flush=True)\n"
-        "for line in sys.stdin:\n"
-        '    print(\'{"done": 0}\\n{"done": 1}\')\n'
-        f"    print({line!r}, flush=True)\n"
-    )
-    monkeypatch.setattr(demo_engine, "__file__", str(program))
-    engine = Engine("none", OPTIONS, tmp_path / "engine.log")
-    assert list(engine.answer([PROMPTS[0]["messages"]])) == [0, 1]
-    assert engine.last_round == expected
-    engine.close()
-    assert engine.process.returncode == 0
+def test_engines_are_told_what_a_user_would_tell_them(monkeypatch):
+    words = ["--num-speculative-tokens", "9", "--head", "folder", "--concurrency", "3"]
+    monkeypatch.setattr(sys, "argv", ["demo.py", *words])
+    args = demo.parse_args()
+    arguments = demo.engine_arguments(args, "clover2")
+    assert arguments["max_num_seqs"] == 3
+    assert arguments["speculative_config"] == {
+        "method": "clover2",
+        "model": "folder",
+        "tree": "dynamic",
+        "num_speculative_tokens": 9,
+    }
+    chain = demo.engine_arguments(args, "clover2_chain")["speculative_config"]
+    assert "num_speculative_tokens" not in chain
+    assert "speculative_config" not in demo.engine_arguments(args, "none")

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vLLM engine in a process of its own, which answers prompts round by round.
+
+`Engine` is the handle in the parent; this file is also the child's program. The two
+exchange lines of JSON over the child's stdin and stdout; the child's own output, and
+that of vLLM, goes to a log.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+__all__ = ["Answer", "Engine", "Round"]
+
+_LOG_TAIL = 2000  # characters
+_CLOSE_SECONDS = 20  # a round that takes longer, when interrupted, is cut off
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One prompt's answer in one round. Times are in seconds."""
+
+    text: str
+    token_ids: list[int]
+    seconds: float  # from the start of its prefill to its last token
+    first_token_seconds: float  # from its arrival to its first token
+    decode_seconds: float  # from its first token to its last
+    accepted: list[int]  # drafted tokens accepted by each step that verified some
+
+
+@dataclass(frozen=True)
+class Round:
+    """All prompts answered once."""
+
+    seconds: float
+    answers: list[Answer]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens of all requests by the time the round took."""
+        return sum(len(answer.token_ids) for answer in self.answers) / self.seconds
+
+
+class Engine:
+    """A process that holds one vLLM engine, ready when the constructor returns.
+
+    Raises:
+        RuntimeError: the process stopped; the message has the end of its log.
+    """
+
+    program: ClassVar[list[str]] = ["-m", "vllm_clover2.bench.engine"]
+    last_round: Round
+
+    def __init__(
+        self,
+        llm: dict[str, Any],  # arguments of `vllm.LLM`
+        log: Path,
+    ) -> None:
+        self.log = log
+        with log.open("w") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, *self.program, json.dumps(llm)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                start_new_session=True,  # so that its whole group can be stopped
+            )
+        try:
+            self._receive()
+        except BaseException:
+            self.close()
+            raise
+
+    def answer(
+        self,
+        prompts: list[list[int]],  # token ids
+        max_tokens: int,
+        in_flight: int | None = None,  # unfinished requests at a time; None: all
+    ) -> Iterator[int]:
+        """Answer all `prompts` greedily, yielding how many are done.
+
+        The result is in `last_round` when the iterator ends.
+        """
+        request = {
+            "prompts": prompts,
+            "max_tokens": max_tokens,
+            "in_flight": in_flight or len(prompts),
+        }
+        assert self.process.stdin is not None
+        # A process that has stopped is reported, with its log, when it is read from.
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+        while "done" in (message := self._receive()):
+            yield message["done"]
+        answers = [Answer(**answer) for answer in message["answers"]]
+        self.last_round = Round(message["seconds"], answers)
+
+    def close(self) -> None:
+        """Stop the engine and all its processes."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()  # ends it
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(_CLOSE_SECONDS)
+        # vLLM's own processes outlive one that was killed.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def _receive(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        if line := self.process.stdout.readline():
+            return json.loads(line)
+        self.process.wait()
+        log = self.log.read_text("utf-8", errors="replace")
+        raise RuntimeError(
+            f"The engine stopped with code {self.process.returncode}. The end of its "
+            f"log, {self.log}:\n{log[-_LOG_TAIL:]}"
+        )
+
+
+def _serve(arguments: dict[str, Any]) -> None:
+    """Main function of the engine's process; ends when stdin does."""
+    messages = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # by file descriptor, because the engine's own processes print too
+
+    def send(message: dict[str, Any]) -> None:
+        print(json.dumps(message), file=messages, flush=True)
+
+    # Imported here: the parent's process stays light and leaves vLLM alone.
+    from vllm import LLM
+
+    llm = LLM(**arguments, disable_log_stats=False)  # each answer comes with its times
+    send({"ready": True})
+    for line in sys.stdin:
+        one = _answer(llm, **json.loads(line), report=lambda done: send({"done": done}))
+        send(asdict(one))
+
+
+def _answer(
+    llm: Any,  # vllm.LLM
+    prompts: list[list[int]],
+    max_tokens: int,
+    in_flight: int,
+    report: Callable[[int], None],
+) -> Round:
+    """Answer all prompts, a sliding window of `in_flight` of them at a time."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    # Each round does the same work: a prompt's prefill is not left over from the last.
+    llm.reset_prefix_cache()
+    params = SamplingParams(
+        temperature=0.0,
+        max_tokens=max_tokens,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+    engine = llm.llm_engine
+    waiting = iter(enumerate(prompts))
+    answers: dict[int, Answer] = {}
+    sent = 0
+    start = time.perf_counter()
+    while len(answers) < len(prompts):
+        for number, prompt in islice(waiting, in_flight - (sent - len(answers))):
+            engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
+            sent += 1
+        for output in engine.step():
+            answers[int(output.request_id)] = _as_answer(output)
+            report(len(answers))
+    seconds = time.perf_counter() - start
+    return Round(seconds, [answers[number] for number in range(len(prompts))])
+
+
+def _as_answer(
+    output: Any,  # vllm.RequestOutput, finished
+) -> Answer:
+    completion = output.outputs[0]
+    times = output.metrics
+    speculation = completion.spec_decode_metrics
+    return Answer(
+        text=completion.text,
+        token_ids=list(completion.token_ids),
+        seconds=times.last_token_ts - times.scheduled_ts,
+        first_token_seconds=times.first_token_latency,
+        decode_seconds=times.last_token_ts - times.first_token_ts,
+        accepted=list(speculation.per_step_accepted) if speculation else [],
+    )
+
+
+if __name__ == "__main__":
+    _serve(json.loads(sys.argv[1]))
