@@ -17,7 +17,7 @@ from setuptools import setup
 from torch.utils import cpp_extension
 
 KERNELS = Path("kernels")
-# Oldest torch whose stable ABI is used: 2.11, which is vLLM 0.32's own choice.
+# Oldest torch whose stable ABI is used: 2.11, which is vLLM's own choice.
 TORCH_TARGET = "0x020b000000000000ULL"
 PYTHON_TARGET = "0x030b0000"  # 3.11
 

@@ -15,12 +15,6 @@ from vllm_clover2.integration.draft_model import Clover2DraftModel
 from vllm_clover2.integration.runner import Clover2RunnerMixin
 
 
-def test_target_without_intermediate_hidden_states() -> None:
-    runner = SimpleNamespace(get_model=lambda: nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="EAGLE-3 interface, which Linear does not"):
-        Clover2RunnerMixin._setup_eagle3_aux_hidden_state_outputs(runner)
-
-
 @pytest.mark.parametrize("lm_head", [None, nn.Linear(4, 8)], ids=["none", "linear"])
 def test_target_without_an_lm_head_to_share(lm_head: nn.Module | None) -> None:
     target = SimpleNamespace(lm_head=lm_head)

@@ -2,7 +2,7 @@
 """Engine configurations that Clover-2 cannot serve yet, each with its reason."""
 
 from vllm.config import VllmConfig
-from vllm.utils.torch_utils import is_quantized_kv_cache
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:

@@ -18,7 +18,7 @@ from vllm.model_executor.layers.attention import Attention
 
 from vllm_clover2 import ops
 from vllm_clover2.integration.attention import kv_layout, understands_trees
-from vllm_clover2.integration.compat import v0_32
+from vllm_clover2.integration.compat import surface
 from vllm_clover2.integration.proposer import Clover2Proposer, CommittedRows
 from vllm_clover2.integration.sampling import AcceptedPaths, accept_paths
 from vllm_clover2.integration.verify import (
@@ -35,7 +35,7 @@ class Clover2RunnerMixin:
     """Overrides of ``GPUModelRunner`` (V1); mixed in front of the platform's runner."""
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
-        v0_32.check_signatures(v0_32.EXPECTED_WORKER)
+        surface.check_signatures(surface.EXPECTED_WORKER)
         super().__init__(vllm_config, device)
         self.drafter = Clover2Proposer(vllm_config, device, self)
         # The draft reads the target's hidden state before its final norm, which vLLM
@@ -71,16 +71,6 @@ class Clover2RunnerMixin:
                 f"target uses {', '.join(stock)}. Choose FLASH_ATTN or TRITON_ATTN "
                 f'(--attention-backend), or "tree": "chain".'
             )
-
-    def _setup_eagle3_aux_hidden_state_outputs(self) -> None:
-        if not hasattr(self.get_model(), "set_aux_hidden_state_layers"):
-            raise ValueError(
-                f"clover2 reads the target's last hidden state through vLLM's EAGLE-3 "
-                f"interface, which {type(self.get_model()).__name__} does not have."
-            )
-        # "Layer" n is the output of the last of n layers.
-        layers = (self.model_config.get_total_num_hidden_layers(),)
-        self.get_model().set_aux_hidden_state_layers(layers)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)
