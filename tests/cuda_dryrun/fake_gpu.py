@@ -65,9 +65,12 @@ def _caller() -> str:
     return "elsewhere"
 
 
+_marks_are_seen = True
+
+
 def on_gpu(tensor: torch.Tensor) -> bool:
     """Whether the tensor would be in the GPU's memory."""
-    return getattr(_storage(tensor), "on_gpu", False)
+    return _marks_are_seen and getattr(_storage(tensor), "on_gpu", False)
 
 
 def _storage(tensor: torch.Tensor) -> Any:
@@ -130,9 +133,12 @@ class _FakeGpu(TorchDispatchMode):
             self._copy(name, inputs, marked, wanted, args, kwargs)
         else:
             self._check(name, func, inputs, marked, args, kwargs)
-        func = kernels.get(func, func) if any(marked) else func
         known = {t.untyped_storage()._cdata for t in inputs}
-        result = func(*args, **kwargs)
+        if any(marked) and func in kernels:
+            with inside_a_kernel():
+                result = kernels[func](*args, **kwargs)
+        else:
+            result = func(*args, **kwargs)
         for tensor in _tensors(result):
             if tensor.untyped_storage()._cdata not in known:
                 if wanted == "cuda" if wanted else any(marked):
@@ -216,9 +222,14 @@ MODE = _FakeGpu()
 
 @contextmanager
 def inside_a_kernel() -> Iterator[None]:
-    """What is done here is done by the device: nothing is checked or counted."""
-    with _disable_current_modes():
-        yield
+    """What is done here is done by the device: it knows no other, and nothing counts."""
+    global _marks_are_seen
+    before, _marks_are_seen = _marks_are_seen, False
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        _marks_are_seen = before
 
 
 # Methods of tensors that never get to the dispatcher.
@@ -243,7 +254,9 @@ def _to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     if "meta" in (here, there):
         return _native["to"](self, *args_list, device=there, **kwargs)
     if here == there:
-        return _native["to"](self, *args_list, **kwargs) if args_list or kwargs else self
+        return (
+            _native["to"](self, *args_list, **kwargs) if args_list or kwargs else self
+        )
     first = args_list[:1] if args_list and isinstance(args_list[0], torch.dtype) else []
     rest = args_list[len(first) :]
     return torch.ops.aten._to_copy.default(

@@ -19,6 +19,7 @@ from fake_gpu import MODE, inside_a_kernel
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
+    "TORCHDYNAMO_DISABLE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -131,9 +132,11 @@ def _replace_kernels() -> None:
     import vllm._custom_ops
     import vllm.vllm_flash_attn
 
-    vllm._custom_ops.reshape_and_cache_flash = _write_kv
-    vllm._custom_ops.cutlass_scaled_mm_supports_fp8 = lambda _: False
-    vllm._custom_ops.cutlass_scaled_mm_supports_block_fp8 = lambda _: False
+    ops = vllm._custom_ops
+    ops.reshape_and_cache_flash = _write_kv
+    ops.apply_repetition_penalties_cuda = ops.apply_repetition_penalties_torch
+    ops.cutlass_scaled_mm_supports_fp8 = lambda _: False
+    ops.cutlass_scaled_mm_supports_block_fp8 = lambda _: False
     vllm.vllm_flash_attn.flash_attn_varlen_func = _flash_attention
     vllm.vllm_flash_attn.get_scheduler_metadata = lambda **_: None
 
