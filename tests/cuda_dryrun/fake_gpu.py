@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A GPU that is not there: CUDA tensors live in host memory and are marked.
 
-:func:`install` makes torch of a CPU build say that it has one CUDA device. What is asked
-to be on ``cuda`` is computed by the CPU, but
+:func:`install` makes torch of a CPU build say that it has one CUDA device. What is
+asked to be on ``cuda`` is computed by the CPU, but
 
 - ``tensor.device`` says ``cuda:0``, so that code takes the branches it takes on a GPU;
 - an operator that gets tensors of both sides raises, and so does ``numpy()``;
@@ -222,7 +222,7 @@ MODE = _FakeGpu()
 
 @contextmanager
 def inside_a_kernel() -> Iterator[None]:
-    """What is done here is done by the device: it knows no other, and nothing counts."""
+    """What is done here is done by the device: nothing is checked or counted."""
     global _marks_are_seen
     before, _marks_are_seen = _marks_are_seen, False
     try:
@@ -241,29 +241,25 @@ def _device(self: torch.Tensor) -> torch.device:
 
 
 def _to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    args_list, device = list(args), kwargs.pop("device", None)
-    for place, value in enumerate(args_list):
-        if isinstance(value, torch.device | str | int) and not isinstance(value, bool):
-            device = args_list.pop(place)
-            break
-        if isinstance(value, torch.Tensor):
-            device, args_list[place] = value.device, value.dtype
-            break
+    """``to``, which may be given a device, a dtype, or a tensor that has both."""
+    rest, device = list(args), kwargs.pop("device", None)
+    if rest and isinstance(rest[0], torch.Tensor):
+        device, rest[0] = rest[0].device, rest[0].dtype
+    elif rest and isinstance(rest[0], torch.device | str | int):
+        device = rest.pop(0)
     here = "cuda" if on_gpu(self) else _native["device"].__get__(self).type
     there = here if device is None else _device_type(device)
     if "meta" in (here, there):
-        return _native["to"](self, *args_list, device=there, **kwargs)
+        return _native["to"](self, *rest, device=there, **kwargs)
     if here == there:
-        return (
-            _native["to"](self, *args_list, **kwargs) if args_list or kwargs else self
-        )
-    first = args_list[:1] if args_list and isinstance(args_list[0], torch.dtype) else []
-    rest = args_list[len(first) :]
+        return _native["to"](self, *rest, **kwargs) if rest or kwargs else self
+    if rest and isinstance(rest[0], torch.dtype):
+        kwargs["dtype"] = rest.pop(0)
     return torch.ops.aten._to_copy.default(
         self,
-        dtype=kwargs.get("dtype", first[0] if first else None),
+        dtype=kwargs.get("dtype"),
         device=torch.device(there),
-        non_blocking=bool(kwargs.get("non_blocking", rest[0] if rest else False)),
+        non_blocking=bool(rest[0] if rest else kwargs.get("non_blocking")),
     )
 
 
@@ -399,7 +395,7 @@ class _Properties:
 
 
 def _always(value: Any) -> Any:
-    """A function of its own that returns ``value`` (Dynamo wants no two names for one)."""
+    """A function that returns ``value``; a new one, as Dynamo wants for every name."""
     return lambda *_, **__: value
 
 

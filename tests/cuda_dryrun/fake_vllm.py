@@ -140,11 +140,11 @@ def _replace_kernels() -> None:
     vllm.vllm_flash_attn.flash_attn_varlen_func = _flash_attention
     vllm.vllm_flash_attn.get_scheduler_metadata = lambda **_: None
 
-    from vllm.model_executor.warmup import kernel_warmup
     from vllm.model_executor.models import registry
+    from vllm.model_executor.warmup import kernel_warmup
     from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
-    from vllm.v1.sample.rejection_sampler import RejectionSampler
     from vllm.v1.sample.ops import topk_topp_sampler
+    from vllm.v1.sample.rejection_sampler import RejectionSampler
     from vllm.v1.worker import block_table
 
     FlashAttentionBackend.supported_dtypes = [torch.float32, torch.bfloat16]

@@ -149,6 +149,14 @@ def emulated_attention(emulated: bool) -> Iterator[None]:
         fake_gpu.kernels[operator] = kernel
 
 
+def _counting(stock: Callable[..., Any], counts: dict[str, Any], key: str) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        counts[key] += 1
+        return stock(*args, **kwargs)
+
+    return call
+
+
 @contextmanager
 def counted(engine: Any) -> Iterator[dict[str, Any]]:
     """Steps, preemptions, kernel launches and transfers while the engine runs."""
@@ -159,14 +167,7 @@ def counted(engine: Any) -> Iterator[dict[str, Any]]:
             (engine.runner, "execute_model", "steps"),
             (engine.scheduler, "_preempt_request", "preempted"),
         ):
-
-            def call(
-                *args: Any, stock: Any = getattr(owner, name), key: str = key, **kw: Any
-            ) -> Any:
-                counts[key] += 1
-                return stock(*args, **kw)
-
-            patch(owner, name, call)
+            patch(owner, name, _counting(getattr(owner, name), counts, key))
         launched = emulator.emulated_kernels_run()
         transfers.counts.clear()
         transfers.counting = True
