@@ -20,20 +20,31 @@ REPO = HERE.parents[1]
 PATHS = (REPO, HERE, REPO / "tests/ops/emulated_cuda", REPO / "tests/lossless")
 
 
-@pytest.fixture(scope="module", params=RELEASES)
-def results(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
-    """What every scenario gave, by its name."""
-    folder = unpacked(request.param)
-    work = tmp_path_factory.mktemp("bed")
-    command = [sys.executable, str(HERE / "scenarios.py"), str(folder), str(work)]
+def run(program: str, release: str, work: Path) -> dict[str, Any]:
+    """What ``program`` found out in a process of its own."""
+    command = [sys.executable, str(HERE / program), str(unpacked(release)), str(work)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, PATHS))}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return json.loads((work / "results.json").read_text())
+
+
+@pytest.fixture(scope="module", params=RELEASES)
+def results(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """What every scenario gave, by its name."""
+    return run("scenarios.py", request.param, tmp_path_factory.mktemp("scenarios"))
+
+
+@pytest.fixture(scope="module", params=RELEASES)
+def starts(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """How every engine of ``starts.py`` started, by its name."""
+    return run("starts.py", request.param, tmp_path_factory.mktemp("starts"))
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -82,3 +93,25 @@ def test_waits_for_the_device(name: str, results: dict[str, Any]) -> None:
     assert all(n <= most for n, most in zip(found, MOST[name], strict=True)), (
         f"{found}\n{table}"
     )
+
+
+def test_backend_on_blackwell(starts: dict[str, Any]) -> None:
+    """Of target and draft; vLLM would take FlashInfer."""
+    assert starts["default"] == ["FLASH_ATTN", "FLASH_ATTN"]
+    assert starts["default, chain"] == [None, None]
+    assert starts["float32"] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("async", "does not support asynchronous scheduling"),
+        ("full graphs", "- CUDA graphs of whole passes: "),
+        ("backend without trees", "- trees with the attention backend FLEX_ATTENTION"),
+        ("head size 32", "- trees with head size 32 (known are 64, 80, 96, 128, 256)"),
+        ("no compiled ops", "- trees on CUDA without the compiled CUDA ops"),
+        ("runner V2", "does not yet support: speculative method 'clover2'"),
+    ],
+)
+def test_refused_at_start(name: str, reason: str, starts: dict[str, Any]) -> None:
+    assert reason in starts[name]

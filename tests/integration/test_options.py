@@ -120,7 +120,7 @@ def test_directory_without_a_usable_config(
 
 
 def test_explicit_async_scheduling(target: Path, head: Path) -> None:
-    with pytest.raises(ValueError, match="async"):
+    with pytest.raises(ValueError, match="clover2 does not support asynchronous"):
         engine_config(target, clover2(head), async_scheduling=True)
 
 

@@ -58,6 +58,7 @@ def _accept_method_in_engine_args() -> None:
         if METHOD not in (self.spec_method, options.get("method")):
             return stock(self, target_model_config, target_parallel_config)
 
+        from vllm_clover2.integration import engine_args
         from vllm_clover2.integration.compat import surface
         from vllm_clover2.integration.speculative_config import (
             Clover2SpeculativeConfig,
@@ -65,6 +66,7 @@ def _accept_method_in_engine_args() -> None:
         )
 
         surface.check_signatures(surface.EXPECTED_CONFIG)
+        engine_args.refuse_async_scheduling(self)
         if self.spec_model is None and "model" not in options:
             self.speculative_config = options | {"model": head_for(target_model_config)}
         stock_config = arg_utils.SpeculativeConfig
@@ -73,6 +75,7 @@ def _accept_method_in_engine_args() -> None:
             config = stock(self, target_model_config, target_parallel_config)
         finally:
             arg_utils.SpeculativeConfig = stock_config
+        engine_args.choose_attention_backend(self, target_model_config, config)
         if target_parallel_config.worker_cls == "auto":
             from vllm.platforms import current_platform
 
