@@ -85,6 +85,7 @@ def gpu(request: pytest.FixtureRequest) -> Gpu:
         emulator = request.getfixturevalue("emulator")
         emulator.emulate_falling_order(0)
         emulator.emulate_multiprocessors(132)
+        emulator.emulate_shared_bytes(228 << 10)
         return Gpu(emulated_kernels.NAMESPACE, "cpu", emulator)
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
@@ -170,6 +171,16 @@ def test_attention_with_few_and_many_splits(gpu, multiprocessors, kernels):
     check_attention(gpu, case)
     # The second one merges splits.
     assert gpu.emulator.emulated_kernels_run() - before == kernels
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("rows", [1, 26, 64])
+@pytest.mark.parametrize("gpu", ["emulated"], indirect=True)
+def test_attention_in_the_shared_memory_of_consumer_gpus(gpu, dtype, dim, rows):
+    """100 KiB a multiprocessor on sm_86, sm_89 and sm_120."""
+    gpu.emulator.emulate_shared_bytes(100 << 10)
+    check_attention(gpu, attention_case([70], [rows], 8, 2, dim=dim, dtype=dtype))
 
 
 @pytest.mark.requires_cuda

@@ -34,6 +34,7 @@ def load() -> ctypes.CDLL:
     library.definitions = definitions  # lives as long as the library
     library.emulate_falling_order(0)
     library.emulate_multiprocessors(132)
+    library.emulate_shared_bytes(228 << 10)
     return library
 
 
