@@ -25,9 +25,7 @@ CAPABILITY = [9, 0]  # an H100; may be changed before vLLM is imported
 CUDA = torch.device("cuda", 0)
 _HOST = torch.device("cpu")
 _HERE = __file__
-_native = {
-    name: getattr(torch.Tensor, name) for name in ("device", "to", "tolist", "numpy")
-}
+_native = {name: getattr(torch.Tensor, name) for name in ("device", "to", "numpy")}
 
 
 class Transfers:
@@ -263,10 +261,21 @@ def _to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     )
 
 
-def _tolist(self: torch.Tensor) -> Any:
-    if on_gpu(self):
-        transfers.add("wait", "tolist")
-    return _native["tolist"](self)
+def _reading(name: str) -> Any:
+    """A method that gives values to Python; the dispatcher sees it sometimes only."""
+    native = getattr(torch.Tensor, name)
+
+    @functools.wraps(native)
+    def read(self: torch.Tensor) -> Any:
+        if on_gpu(self):
+            transfers.add("wait", name)
+        counting, transfers.counting = transfers.counting, False
+        try:
+            return native(self)
+        finally:
+            transfers.counting = counting
+
+    return read
 
 
 def _numpy(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -293,7 +302,9 @@ def _install_tensor_methods() -> None:
     tensor.is_cuda = property(on_gpu)
     tensor.is_cpu = property(lambda self: self.device.type == "cpu")
     tensor.get_device = lambda self: 0 if on_gpu(self) else -1
-    tensor.to, tensor.tolist, tensor.numpy = _to, _tolist, _numpy
+    tensor.to, tensor.numpy = _to, _numpy
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__"):
+        setattr(tensor, name, _reading(name))
     tensor.cpu = lambda self, **_: self.to("cpu")
     tensor.cuda = lambda self, *_, non_blocking=False, **__: self.to(
         "cuda", non_blocking=non_blocking

@@ -19,7 +19,7 @@ DEVICES = {
         "device.cos()",
         "host.cuda()",
         "host.to(device)",
-        "torch.nn.Linear(4, 4).to('cuda')(device)",
+        "torch.nn.functional.linear(device, device[None])",
         "torch.tensor([1, 2], device='cuda')",
         "torch.as_tensor(device)",
         "torch.stack([device, device])",
@@ -45,6 +45,7 @@ COUNTS = {  # waits of the host, copies from memory that is not pinned
     "device[device.long()]": (0, 0),
     "device.sum().item()": (1, 0),
     "bool((device > 1).any())": (1, 0),
+    "int(device[1]), float(device[1]), range(4)[device.int()[1]]": (3, 0),
     "device.tolist()": (1, 0),
     "device.cpu()": (1, 0),
     "host.to('cuda')": (1, 0),
@@ -68,10 +69,12 @@ fake_gpu.install()
 fake_gpu.transfers.counting = True
 results = {}
 for program in json.loads(sys.argv[1]):
-    host, device = torch.arange(4.0), torch.arange(4.0, device="cuda")
-    fake_gpu.transfers.counts.clear()
     try:
-        result = eval(program)
+        # As vLLM runs; shortcuts that torch takes then must be seen as well.
+        with torch.inference_mode():
+            host, device = torch.arange(4.0), torch.arange(4.0, device="cuda")
+            fake_gpu.transfers.counts.clear()
+            result = eval(program)
         where = result.device.type if isinstance(result, torch.Tensor) else None
         counts = [fake_gpu.transfers.total(kind) for kind in ("wait", "staged")]
         results[program] = where, counts
