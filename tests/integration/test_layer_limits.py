@@ -146,11 +146,15 @@ def test_several_groups_of_kv() -> None:
         )
 
 
-def test_loading_a_model_with_kv_of_another_dtype(
-    engines: EnginePool, target: Path, head: Path
+def test_layers_are_looked_at_when_a_model_is_loaded(
+    engines: EnginePool, target: Path, head: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"kv_cache_dtype": "bfloat16", "kv_cache_memory_bytes": 8 << 20}
-    with pytest.raises(ValueError, match=r"bfloat16 KV beside torch\.float32 queries"):
+    monkeypatch.setattr(layer_limits, "_head_sizes", lambda *_: ("64 only", False))
+    options = {"kv_cache_memory_bytes": 8 << 20}
+    message = (
+        r"head size 32 \(known are 64 only\).*\(4 layers, .* is model\.layers\.0\."
+    )
+    with pytest.raises(ValueError, match=message):
         engines.get(target, head, **options)
     engines.get(target, head, {"tree": "chain"}, **options)
 
