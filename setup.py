@@ -7,7 +7,9 @@ stable ABI and holds no Python module: one binary serves every Python and every 
 from TORCH_TARGET on. ``torch.ops.load_library`` loads it.
 
 Environment: CLOVER2_BUILD_CUDA=0 leaves the CUDA files out, 1 insists on them;
-TORCH_CUDA_ARCH_LIST chooses GPU architectures ("8.0;9.0;10.0" by default).
+TORCH_CUDA_ARCH_LIST chooses GPU architectures ("8.0;9.0;10.0;12.0+PTX" by default: A100,
+H100, B200, RTX 50; 8.6 and 8.9 run the code of 8.0, and later ones compile what is there
+as PTX).
 """
 
 import os
@@ -18,7 +20,7 @@ from setuptools import Extension, setup
 from torch.utils import cpp_extension
 
 KERNELS = Path("kernels")
-# Oldest torch whose stable ABI is used: 2.11, which is vLLM 0.32's own choice.
+# Oldest torch whose stable ABI is used: 2.11, which is vLLM's own choice.
 TORCH_TARGET = "0x020b000000000000ULL"
 PYTHON_TARGET = "0x030b0000"  # 3.11
 
@@ -50,7 +52,7 @@ def extension() -> Extension:
     ]
     flags = {"cxx": [*defines, "-std=c++20", "-O3", "-Wall", "-Wextra"]}
     if cuda:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0")
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0;12.0+PTX")
         flags["nvcc"] = [*defines, "-DUSE_CUDA", "-std=c++20", "-O3"]
     build = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     return build(

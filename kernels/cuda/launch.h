@@ -40,6 +40,7 @@ struct TreeAttentionParams {
   float scale, softcap;
   // Set by plan_tree_attention:
   int row_tiles, max_splits, min_tiles_per_split, tile_keys;
+  int block_shared_bytes;  // what a block may have
 };
 
 // Head sizes that tree_attention has kernels for.

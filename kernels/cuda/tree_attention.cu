@@ -25,6 +25,8 @@ namespace clover2 {
 namespace {
 
 constexpr int kReservedSharedBytes = 1024;  // of every block, by the system
+// What a block may have on every GPU from Ampere on; consumer GPUs have no more.
+constexpr int kLeastSharedBytes = 99 * 1024;
 constexpr int kInvalidValue = 1;            // cudaErrorInvalidValue
 
 // How the blocks of a launch look.
@@ -46,11 +48,12 @@ BlockShape mma_shape(int warps) {
 // Sizes of single trees are on the device. Two warps serve where they suffice
 // for the average tree; larger trees are then cut into more tiles and read
 // their keys again. Of the larger shapes the one is taken that serves every
-// tree: warps without rows are nearly free.
+// tree, if shared memory allows: warps without rows are nearly free.
 template <int kHeadDim>
 BlockShape block_shape(const TreeAttentionParams& p, AttentionType type) {
   if (type == AttentionType::kFloat32) {
     using Layout = FmaLayout<kHeadDim>;
+    static_assert(Layout::kBytes <= kLeastSharedBytes);
     return {kFmaThreads, Layout::kRows, Layout::kKeys, Layout::kBytes, 2};
   }
   const int group = p.heads / p.kv_heads;
@@ -58,8 +61,12 @@ BlockShape block_shape(const TreeAttentionParams& p, AttentionType type) {
   if (average <= 2 * kMmaRows) return mma_shape<kHeadDim, kFewKeys>(2);
   const int largest =
       min_int(static_cast<int>(kMaxTreeRows), p.total_rows) * group;
-  return mma_shape<kHeadDim, mma_tile_keys(kHeadDim)>(
-      largest <= 4 * kMmaRows ? 4 : kMaxMmaWarps);
+  constexpr int kTileKeys = mma_tile_keys(kHeadDim);
+  using Layout = MmaLayout<kHeadDim, kTileKeys>;
+  static_assert(Layout::bytes(4) <= kLeastSharedBytes);
+  const bool large = largest > 4 * kMmaRows &&
+                     Layout::bytes(kMaxMmaWarps) <= p.block_shared_bytes;
+  return mma_shape<kHeadDim, kTileKeys>(large ? kMaxMmaWarps : 4);
 }
 
 // Calls function.operator()<D>() for the head size D that is asked for.
@@ -130,6 +137,7 @@ int launch_merge(const TreeAttentionParams& p, AttentionType type,
 
 void plan_tree_attention(TreeAttentionParams& params, AttentionType type,
                          const DeviceLimits& device) {
+  params.block_shared_bytes = device.shared_bytes - kReservedSharedBytes;
   BlockShape shape{};
   const bool known = with_head_dim(params.head_dim, [&]<int kHeadDim>() {
     shape = block_shape<kHeadDim>(params, type);

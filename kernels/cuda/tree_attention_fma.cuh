@@ -18,7 +18,10 @@ constexpr int kFmaLanes = 8;  // threads that share a query
 constexpr int kFmaGroups = kFmaThreads / kFmaLanes;
 
 constexpr int fma_tile_rows(int head_dim) { return head_dim > 128 ? 32 : 64; }
-constexpr int fma_tile_keys(int head_dim) { return head_dim > 128 ? 16 : 32; }
+// As many as fit into the 99 KiB of shared memory that every GPU has.
+constexpr int fma_tile_keys(int head_dim) {
+  return head_dim > 128 ? 8 : head_dim > 96 ? 24 : 32;
+}
 
 // Shared memory, in floats; rows padded by 16 bytes against bank conflicts.
 template <int kHeadDim>

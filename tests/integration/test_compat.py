@@ -11,14 +11,14 @@ from vllm.engine.arg_utils import EngineArgs
 
 import vllm_clover2
 from vllm_clover2.integration import compat, plugin
-from vllm_clover2.integration.compat import v0_32
+from vllm_clover2.integration.compat import surface
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
 
 
 def test_expected_signatures_are_those_of_the_installed_vllm() -> None:
-    v0_32.check_signatures(v0_32.EXPECTED_CONFIG)
-    v0_32.check_signatures(v0_32.EXPECTED_WORKER)
+    surface.check_signatures(surface.EXPECTED_CONFIG)
+    surface.check_signatures(surface.EXPECTED_WORKER)
 
 
 def test_signature_mismatch_names_every_problem() -> None:
@@ -28,20 +28,20 @@ def test_signature_mismatch_names_every_problem() -> None:
         "vllm.no_such_module:f": "",
     }
     with pytest.raises(RuntimeError) as error:
-        v0_32.check_signatures(wrong)
+        surface.check_signatures(wrong)
     message = str(error.value)
     assert "add_cli_args takes (parser), expected (parser colour)" in message
     assert "no_such_method is missing" in message
     assert "vllm.no_such_module:f is missing" in message
     assert vllm.__version__ in message
-    assert "vllm==0.32.0" in message
+    assert "vllm==0.32.0 or vllm==0.33.0" in message
 
 
 def test_mismatch_is_raised_only_when_the_method_is_asked_for(
     target: Path, head: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(
-        v0_32.EXPECTED_CONFIG, "vllm.engine.arg_utils:EngineArgs.gone", "self"
+        surface.EXPECTED_CONFIG, "vllm.engine.arg_utils:EngineArgs.gone", "self"
     )
     EngineArgs(model=str(target)).create_engine_config()
     speculative = {"method": "clover2", "model": str(head)}
@@ -51,18 +51,23 @@ def test_mismatch_is_raised_only_when_the_method_is_asked_for(
         ).create_engine_config()
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.32"])
+@pytest.mark.parametrize(
+    "version", ["0.32.0", "0.32.1", "0.32", "0.32.0+cpu", "0.33.0"]
+)
 def test_supported_versions(version: str) -> None:
     assert compat.version_problem(version) is None
 
 
-@pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "0.320.0", "1.0", "0.3.2"])
+@pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "0.320.0", "1.0", "0.3.2"])
 def test_version_problem_names_both_versions(version: str) -> None:
     problem = compat.version_problem(version)
     assert problem is not None
     assert "\n" not in problem  # one paragraph
     assert f"vLLM {version} is installed" in problem
-    assert f"vllm-clover2 {vllm_clover2.__version__} supports vLLM 0.32.x" in problem
+    supported = (
+        f"vllm-clover2 {vllm_clover2.__version__} supports vLLM 0.32.x or 0.33.x"
+    )
+    assert supported in problem
 
 
 def test_another_vllm_refuses_only_the_method(
@@ -81,7 +86,7 @@ def test_another_vllm_refuses_only_the_method(
         {"spec_method": "clover2", "spec_model": str(head)},
     )
     for arguments in asking:
-        with pytest.raises(RuntimeError, match=r"0\.32\.x, but vLLM 0\.99\.0"):
+        with pytest.raises(RuntimeError, match=r"0\.33\.x, but vLLM 0\.99\.0"):
             EngineArgs(model=str(target), **arguments).create_engine_config()
 
 

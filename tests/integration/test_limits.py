@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from transformers import MistralConfig, MistralForCausalLM
-from vllm.config import KVTransferConfig, ModelConfig, VllmConfig
+from vllm.config import CUDAGraphMode, KVTransferConfig, ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_clover2.integration.limits import refuse_unsupported
@@ -110,6 +110,29 @@ def test_engine_arguments(
     with pytest.raises(ValueError, match=reason):
         engine_config(target, head, **options)
     EngineArgs(model=str(target), **options).create_engine_config()  # fine without us
+
+
+@pytest.mark.parametrize(
+    ("mode", "refused"),
+    [
+        ("FULL", True),
+        ("FULL_DECODE_ONLY", True),
+        ("FULL_AND_PIECEWISE", False),  # vLLM makes PIECEWISE of it
+        ("PIECEWISE", False),
+        ("NONE", False),
+    ],
+)
+def test_graphs_of_whole_passes(
+    config: VllmConfig, mode: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        config.compilation_config, "cudagraph_mode", CUDAGraphMode[mode]
+    )
+    if refused:
+        with pytest.raises(ValueError, match='\n- CUDA graphs .* set .*"PIECEWISE"'):
+            refuse_unsupported(config)
+    else:
+        refuse_unsupported(config)
 
 
 def test_quantized_kv_is_for_chains_only(target: Path, head: Path) -> None:

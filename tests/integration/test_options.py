@@ -30,6 +30,8 @@ def test_defaults(target: Path, head: Path) -> None:
     assert speculative.method == "clover2"
     assert speculative.num_speculative_tokens == 25
     assert speculative.tree_options().tree == "dynamic"
+    draft = speculative.draft_model_config.hf_config
+    assert draft.eagle_aux_hidden_state_layer_ids == (TinyModel().num_layers,)
     assert config.parallel_config.worker_cls.startswith("vllm_clover2.")
     assert not config.scheduler_config.async_scheduling
 
@@ -118,7 +120,7 @@ def test_directory_without_a_usable_config(
 
 
 def test_explicit_async_scheduling(target: Path, head: Path) -> None:
-    with pytest.raises(ValueError, match="async"):
+    with pytest.raises(ValueError, match="clover2 does not support asynchronous"):
         engine_config(target, clover2(head), async_scheduling=True)
 
 

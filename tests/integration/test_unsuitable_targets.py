@@ -14,13 +14,6 @@ from vllm_clover2 import ops
 from vllm_clover2.integration.attention import kv_layout, understands_trees
 from vllm_clover2.integration.attention_cpu import TreeCPUAttentionBackend
 from vllm_clover2.integration.draft_model import Clover2DraftModel
-from vllm_clover2.integration.runner import Clover2RunnerMixin
-
-
-def test_target_without_intermediate_hidden_states() -> None:
-    runner = SimpleNamespace(get_model=lambda: nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="EAGLE-3 interface, which Linear does not"):
-        Clover2RunnerMixin._setup_eagle3_aux_hidden_state_outputs(runner)
 
 
 @pytest.mark.parametrize("lm_head", [None, nn.Linear(4, 8)], ids=["none", "linear"])
@@ -40,12 +33,6 @@ def test_target_with_a_quantized_lm_head() -> None:
 
 
 def test_backend_that_does_not_know_trees() -> None:
-    layer = SimpleNamespace(get_attn_backend=lambda: CPUAttentionBackend)
-    runner = SimpleNamespace(_target_layers=[layer])
-    with pytest.raises(ValueError, match='target uses CPU_ATTN.*"tree": "chain"'):
-        Clover2RunnerMixin._require_tree_attention(runner)
-    layer.get_attn_backend = lambda: TreeCPUAttentionBackend
-    Clover2RunnerMixin._require_tree_attention(runner)
     assert understands_trees(TreeCPUAttentionBackend)
     assert not understands_trees(CPUAttentionBackend)
 

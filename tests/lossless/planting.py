@@ -107,7 +107,8 @@ class Planter:
                 return stock_grow(proposer, hidden)
             assert len(planted_for[1]) == hidden.shape[0]
             nodes = proposer.speculative_config.num_speculative_tokens
-            return planter.grow(*planted_for, nodes)
+            trees = planter.grow(*planted_for, nodes)
+            return GrownTrees(*(part.to(hidden.device) for part in trees))
 
         def propose(
             runner: Any, scheduled: Any, sampled: list[list[int]], *rest: Any
@@ -155,7 +156,7 @@ class CommitSpy:
                 lengths: torch.Tensor,
             ) -> None:
                 spy.paths.update(lengths.tolist())
-                in_place = torch.arange(1, paths.shape[1] + 1)
+                in_place = torch.arange(1, paths.shape[1] + 1, device=paths.device)
                 spy.moved += int(((paths >= 0) & (paths != in_place)).sum())
                 stock(caches, layout, block_table, prefix_lens, paths, lengths)
 

@@ -84,8 +84,7 @@ def test_prefix_cache_can_be_reset_between_requests(
         assert all(output.cached_tokens == 0 for output in outputs)
 
 
-@pytest.mark.parametrize("budget", [40, 64])
-@pytest.mark.parametrize("nodes", [25, 63])
+@pytest.mark.parametrize(("budget", "nodes"), [(40, 25), (64, 25), (64, 63)])
 def test_chunked_prefill_and_trees_in_one_batch(
     budget: int,
     nodes: int,

@@ -7,7 +7,6 @@ arithmetic, masks, splits, barriers and double buffering are tested without a GP
 
 import ctypes
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +16,13 @@ import pytest
 import torch
 
 from vllm_clover2 import ops as clover2_ops
-from vllm_clover2.ops import reference, schema
+from vllm_clover2.ops import reference
 
 REPO = Path(__file__).parents[2]
 sys.path.insert(0, str(REPO / "kernels" / "cuda"))
+sys.path.insert(0, str(REPO / "tests" / "ops" / "emulated_cuda"))
 
+import emulated_kernels  # noqa: E402
 from random_cases import (  # noqa: E402
     AttentionCase,
     CommitCase,
@@ -71,32 +72,11 @@ def commit_arguments(case: CommitCase) -> tuple[Any, ...]:
 
 
 @pytest.fixture(scope="session")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def emulator() -> ctypes.CDLL:
     """The compiled emulator; its ops are registered as clover2_emulated."""
-    compiler = shutil.which("g++")
-    if compiler is None:
+    if shutil.which("g++") is None:
         pytest.skip("no g++ to compile the emulated kernels with")
-    library = tmp_path_factory.mktemp("emulated") / "kernels.so"
-    emulated = REPO / "tests/ops/emulated_cuda"
-    torch_folder = Path(torch.__file__).parent
-    command = [
-        compiler, "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror",
-        "-Wno-unknown-pragmas", "-fPIC", "-shared", "-DCLOVER2_EMULATED_GPU",
-        "-DTORCH_TARGET_VERSION=0x020b000000000000ULL",
-        f"-I{REPO / 'kernels'}", f"-I{emulated}",
-        f"-isystem{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}",
-        str(emulated / "kernels.cpp"), "-o", str(library), "-ltorch_cpu",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    definitions = torch.library.Library("clover2_emulated", "DEF")  # noqa: TOR901
-    for name, text in schema.SCHEMAS.items():
-        definitions.define(name + text)
-    torch.ops.load_library(library)
-    loaded = ctypes.CDLL(str(library))
-    loaded.emulated_kernels_run.restype = ctypes.c_int64
-    loaded.definitions = definitions  # lives as long as the library
-    return loaded
+    return emulated_kernels.load()
 
 
 @pytest.fixture(
@@ -110,7 +90,8 @@ def gpu(request: pytest.FixtureRequest) -> Gpu:
         emulator = request.getfixturevalue("emulator")
         emulator.emulate_falling_order(0)
         emulator.emulate_multiprocessors(132)
-        return Gpu("clover2_emulated", "cpu", emulator)
+        emulator.emulate_shared_bytes(228 << 10)
+        return Gpu(emulated_kernels.NAMESPACE, "cpu", emulator)
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
     if clover2_ops.backend("cuda") != "native":
@@ -195,6 +176,16 @@ def test_attention_with_few_and_many_splits(gpu, multiprocessors, kernels):
     check_attention(gpu, case)
     # The second one merges splits.
     assert gpu.emulator.emulated_kernels_run() - before == kernels
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("rows", [1, 26, 64])
+@pytest.mark.parametrize("gpu", ["emulated"], indirect=True)
+def test_attention_in_the_shared_memory_of_consumer_gpus(gpu, dtype, dim, rows):
+    """100 KiB a multiprocessor on sm_86, sm_89 and sm_120."""
+    gpu.emulator.emulate_shared_bytes(100 << 10)
+    check_attention(gpu, attention_case([70], [rows], 8, 2, dim=dim, dtype=dtype))
 
 
 @pytest.mark.requires_cuda

@@ -16,7 +16,7 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from vllm_clover2 import ops
-from vllm_clover2.integration.compat import v0_32
+from vllm_clover2.integration.compat import patches
 from vllm_clover2.ops import KVLayout
 
 _CPU_LAYOUTS = {"vec": KVLayout.VEC, "vec16": KVLayout.VEC, "amx": KVLayout.AMX}
@@ -121,7 +121,7 @@ def register_tree_backends() -> None:
         register_backend(
             AttentionBackendEnum.TRITON_ATTN, f"{module}.TreeTritonAttentionBackend"
         )
-    v0_32.forget_selected_backends()
+    patches.forget_selected_backends()
 
 
 def understands_trees(backend: type[AttentionBackend]) -> bool:

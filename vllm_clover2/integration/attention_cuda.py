@@ -51,6 +51,9 @@ class TreeFlashAttentionBackend(FlashAttentionBackend):
 class TreeTritonAttentionImpl(TreeAttentionMixin, TritonAttentionImpl):
     """``TRITON_ATTN`` that sends the rows of trees to our kernel."""
 
+    def fused_output_quant_supported(self, quant_key: object) -> bool:
+        return False  # our kernel writes no quantized output
+
 
 class TreeTritonAttentionMetadataBuilder(TritonAttentionMetadataBuilder):
     """``TRITON_ATTN``'s, outside CUDA graphs."""

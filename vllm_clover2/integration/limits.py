@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engine configurations that Clover-2 cannot serve yet, each with its reason."""
+"""Engine configurations that Clover-2 cannot serve yet, each with its reason.
+
+What only the loaded target shows is in ``layer_limits``.
+"""
 
 from vllm.config import VllmConfig
-from vllm.utils.torch_utils import is_quantized_kv_cache
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
@@ -15,6 +18,11 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
     reasons = _method_limits(vllm_config)
     if vllm_config.speculative_config.tree_options().tree != "chain":
         reasons += _tree_limits(vllm_config)
+    refuse(reasons)
+
+
+def refuse(reasons: list[str]) -> None:
+    """Raise ``ValueError`` if there are any."""
     if reasons:
         raise ValueError(
             "The speculative method 'clover2' does not support this configuration:\n"
@@ -25,6 +33,7 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
 def _method_limits(vllm_config: VllmConfig) -> list[str]:
     """What neither a tree nor a chain of drafts can be combined with."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    graphs = vllm_config.compilation_config.cudagraph_mode
     limits = {
         "pipeline parallelism: earlier stages never learn which rows were accepted; "
         "set pipeline_parallel_size=1": parallel.pipeline_parallel_size > 1,
@@ -50,6 +59,12 @@ def _method_limits(vllm_config: VllmConfig) -> list[str]:
         ),
         "prompt embeddings: the draft needs the ids of prompt tokens; remove "
         "enable_prompt_embeds": model.enable_prompt_embeds,
+        "CUDA graphs of whole passes: rows and masks of drafts change from step to "
+        'step; set cudagraph_mode "PIECEWISE" in compilation_config': (
+            graphs is not None
+            and graphs.has_full_cudagraphs()
+            and not graphs.requires_piecewise_compilation()
+        ),
     }
     return [reason for reason, found in limits.items() if found]
 

@@ -14,11 +14,12 @@ import torch
 from vllm.config import get_layers_from_vllm_config
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from vllm_clover2 import ops
-from vllm_clover2.integration.attention import kv_layout, understands_trees
-from vllm_clover2.integration.compat import v0_32
+from vllm_clover2.integration import layer_limits
+from vllm_clover2.integration.attention import kv_layout
+from vllm_clover2.integration.compat import surface
 from vllm_clover2.integration.proposer import Clover2Proposer, CommittedRows
 from vllm_clover2.integration.sampling import AcceptedPaths, accept_paths
 from vllm_clover2.integration.verify import (
@@ -35,7 +36,7 @@ class Clover2RunnerMixin:
     """Overrides of ``GPUModelRunner`` (V1); mixed in front of the platform's runner."""
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
-        v0_32.check_signatures(v0_32.EXPECTED_WORKER)
+        surface.check_signatures(surface.EXPECTED_WORKER)
         super().__init__(vllm_config, device)
         self.drafter = Clover2Proposer(vllm_config, device, self)
         # The draft reads the target's hidden state before its final norm, which vLLM
@@ -50,40 +51,27 @@ class Clover2RunnerMixin:
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         draft_layers = self.drafter._draft_attn_layer_names
-        layers = get_layers_from_vllm_config(self.vllm_config, Attention)
+        layers = get_layers_from_vllm_config(
+            self.vllm_config,
+            AttentionLayerBase,  # type: ignore[type-abstract]
+        )
         self._target_layers = [
             layer for name, layer in layers.items() if name not in draft_layers
         ]
         if self.drafter.options.tree != "chain":
-            self._require_tree_attention()
+            layer_limits.refuse_unsuitable_layers(self._target_layers, self.device.type)
         logger.info(
             "clover2: %s, ops run %s",
             self.drafter.options,
             ops.backend(self.device.type),
         )
 
-    def _require_tree_attention(self) -> None:
-        backends = {layer.get_attn_backend() for layer in self._target_layers}
-        stock = [b.get_name() for b in backends if not understands_trees(b)]
-        if stock:
-            raise ValueError(
-                f"clover2 trees need an attention backend that understands them; the "
-                f"target uses {', '.join(stock)}. Choose FLASH_ATTN or TRITON_ATTN "
-                f'(--attention-backend), or "tree": "chain".'
-            )
-
-    def _setup_eagle3_aux_hidden_state_outputs(self) -> None:
-        if not hasattr(self.get_model(), "set_aux_hidden_state_layers"):
-            raise ValueError(
-                f"clover2 reads the target's last hidden state through vLLM's EAGLE-3 "
-                f"interface, which {type(self.get_model()).__name__} does not have."
-            )
-        # "Layer" n is the output of the last of n layers.
-        layers = (self.model_config.get_total_num_hidden_layers(),)
-        self.get_model().set_aux_hidden_state_layers(layers)
-
-    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
-        super().initialize_kv_cache(*args, **kwargs)
+    def initialize_kv_cache(
+        self, kv_cache_config: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        if self.drafter.options.tree != "chain":
+            layer_limits.refuse_several_kv_groups(kv_cache_config)
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         holder = self.input_batch.thinking_budget_state_holder
         if holder is not None:
             # Its rows follow requests, not drafts: we sample level by level, and

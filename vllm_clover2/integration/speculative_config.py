@@ -69,6 +69,11 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
         finally:
             self.method = "clover2"
         self._check_head_fits()
+        # vLLM's runners read from here which hidden states the target shall return.
+        # "Layer" n is the output of the last of n layers, before the final norm.
+        self.draft_model_config.hf_config.eagle_aux_hidden_state_layer_ids = (
+            self.target_model_config.get_total_num_hidden_layers(),
+        )
         return self
 
     def tree_options(self) -> TreeOptions:

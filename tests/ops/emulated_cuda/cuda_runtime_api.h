@@ -10,12 +10,13 @@ enum cudaDeviceAttr {
 };
 
 inline int emulated_multiprocessors = 132;
+inline int emulated_shared_bytes = 228 * 1024;  // of one multiprocessor
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute,
                                           int) {
   *value = attribute == cudaDevAttrMultiProcessorCount
                ? emulated_multiprocessors
-               : 228 * 1024;
+               : emulated_shared_bytes;
   return 0;
 }
 

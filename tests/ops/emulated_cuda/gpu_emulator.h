@@ -333,6 +333,7 @@ struct Grid {
 template <typename Kernel, typename Params>
 int launch_kernel(Kernel kernel, const Grid& grid, unsigned threads,
                   int shared_bytes, Stream, const Params& params) {
+  if (shared_bytes > emulated_shared_bytes - 1024) return 1;  // as a GPU would
   emulator::Block& block = emulator::block;
   while (block.fibers.size() > threads) block.fibers.pop_back();
   while (block.fibers.size() < threads) {

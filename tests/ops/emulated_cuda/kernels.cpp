@@ -41,6 +41,8 @@ void emulate_falling_order(int falling) {
 
 void emulate_multiprocessors(int count) { emulated_multiprocessors = count; }
 
+void emulate_shared_bytes(int bytes) { emulated_shared_bytes = bytes; }
+
 int64_t emulated_kernels_run() { return clover2::emulator::kernels_run; }
 
 }  // extern "C"

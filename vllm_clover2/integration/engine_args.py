@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments of an engine that are decided before its configuration is made."""
+
+from typing import Any
+
+import torch
+from vllm.config import ModelConfig
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from vllm_clover2.integration.speculative_config import Clover2SpeculativeConfig
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+def refuse_async_scheduling(args: Any) -> None:
+    """Raise if asynchronous scheduling was asked for explicitly.
+
+    Raises:
+        ValueError: says why and what to do.
+
+    """
+    if args.async_scheduling:
+        raise ValueError(
+            "clover2 does not support asynchronous scheduling: the rows of a step "
+            "follow from what the step before accepted. Leave async_scheduling unset, "
+            "or pass --no-async-scheduling."
+        )
+
+
+def choose_attention_backend(
+    args: Any, target: ModelConfig, speculative: Clover2SpeculativeConfig
+) -> None:
+    """Set FLASH_ATTN where vLLM's own choice would be a backend that knows no trees.
+
+    On compute capability 10.x vLLM prefers FlashInfer. The user's choice is kept, and
+    float32, which neither of the two computes, is left to vLLM. The draft, for which
+    vLLM chooses separately, gets the same unless the user chose for it.
+    """
+    chosen = args.attention_backend or args.attention_config.backend
+    if (
+        chosen in (None, "auto")
+        and speculative.tree_options().tree != "chain"
+        and current_platform.is_cuda()
+        and current_platform.is_device_capability_family(100)
+        and target.dtype in (torch.float16, torch.bfloat16)
+    ):
+        logger.info("clover2: attention by FLASH_ATTN, which knows trees")
+        args.attention_backend = AttentionBackendEnum.FLASH_ATTN
+        if speculative.attention_backend is None:
+            speculative.attention_backend = AttentionBackendEnum.FLASH_ATTN
