@@ -69,6 +69,8 @@ class _Children(NamedTuple):
 
 def _likeliest(draft: Draft, log_probs: torch.Tensor, count: int) -> _Children:
     """The ``count`` likeliest children of every node; log_probs [M, Vd]."""
+    # A draft that diverged proposes nothing: NaN would be taken for the likeliest.
+    log_probs = log_probs.masked_fill(log_probs.isnan(), -torch.inf)
     values, draft_ids = log_probs.topk(min(count, log_probs.shape[-1]), dim=-1)
     # Rounding may lift log(1) above 0, and then a child above its parent.
     return _Children(draft.token_ids(draft_ids), values.float().clamp(max=0.0))
@@ -296,11 +298,13 @@ def grow_static(
         below = children.log_probs.view(all_children)[:, pick]
         joint.append(above[:, level.row] + below)
     parents, depths = _static_rows(shape, device)
-    sizes = torch.full((requests,), shape.num_nodes, dtype=torch.int32, device=device)
+    all_joint = torch.cat(joint, dim=1)
+    # A tree ends before its first node without a score.
+    sizes = (all_joint > -torch.inf).cumprod(dim=1).sum(dim=1, dtype=torch.int32)
     return GrownTrees(
         torch.cat(tokens, dim=1),
         parents.expand(requests, -1),
         depths.expand(requests, -1),
-        torch.cat(joint, dim=1),
+        all_joint,
         sizes,
     )
