@@ -163,9 +163,10 @@ class _Lockstep:
             context = None
             if limits is not None:
                 lengths = self._root[active].int() + 1
-                context = context_nodes(self._history, active.int(), lengths, *limits)
+                nodes = context_nodes(self._history, active.int(), lengths, *limits)
+                context = grower.calibration.judge(nodes)
             root = self._root[active]
-            trees, walk = grower.grow(*drafts.at(active, root), context)
+            trees, walk, *_ = grower.grow(*drafts.at(active, root), context)
             paths, accepted = self._verify(active, trees, reliability)
             if walk is not None:
                 ahead = torch.arange(1, paths.shape[1] + 2, device=root.device)
@@ -236,7 +237,7 @@ def evaluate_head(
     """
     options = {name: parse_tree(name) for name in trees}
     device = target.lm_head.device
-    growers = {name: TreeGrower(one, device) for name, one in options.items()}
+    growers = {name: TreeGrower(one) for name, one in options.items()}
     judged = {name: Reliability() for name in trees}
     results: dict[str, list[tuple[str, ReplayResult]]] = {name: [] for name in trees}
     in_loop: list[bool] = []
@@ -253,9 +254,7 @@ def evaluate_head(
             steps = _Lockstep(batch, prompt_lens, options[name].max_depth)
             replayed = steps.run(drafts, grower, judged[name])
             results[name].extend(zip(tasks, replayed, strict=True))
-    return {
-        name: _report(results[name], in_loop, judged[name]) for name in results
-    }
+    return {name: _report(results[name], in_loop, judged[name]) for name in results}
 
 
 def _report(

@@ -2,8 +2,8 @@
 """Trees of drafted tokens as plain data: shapes, growth, masks, walk."""
 
 from vllm_clover2.tree.context import Calibration, ContextLimits, ContextNodes
-from vllm_clover2.tree.growth import Draft, DynamicTree, grow_dynamic, grow_static
 from vllm_clover2.tree.grower import Growth, TreeGrower
+from vllm_clover2.tree.growth import Draft, DynamicTree, grow_dynamic, grow_static
 from vllm_clover2.tree.masks import depths_and_ancestors
 from vllm_clover2.tree.options import TreeOptions
 from vllm_clover2.tree.shapes import TreeShape, chain, paper_tree

@@ -151,9 +151,7 @@ class CandidatePool:
         places = torch.full_like(self._held, -1, dtype=torch.int64)
         place = torch.arange(frontier.rows.shape[1], device=asked.device)
         rows = frontier.rows.masked_fill(~asked, 0)
-        places = places.scatter_reduce(
-            1, rows, torch.where(asked, place, -1), "amax"
-        )
+        places = places.scatter_reduce(1, rows, torch.where(asked, place, -1), "amax")
         parent_place = places.gather(1, self._parents)
         here = (self._nodes.depths == self._level) & (parent_place >= 0)
         ours = self._joint[:, 1:].masked_fill(~here, -torch.inf)

@@ -66,6 +66,20 @@ class ContextCandidates(NamedTuple):
         nodes = ContextNodes(tokens, rows, rows, rows, rows, sizes)
         return cls(nodes, tokens, tokens.float(), tokens.float())
 
+    def to(self, device: torch.device) -> "ContextCandidates":
+        """The candidates on ``device``."""
+        if self.cells.device == device:
+            return self
+        nodes = ContextNodes(*(x.to(device, non_blocking=True) for x in self.nodes))
+        return ContextCandidates(
+            nodes, *(x.to(device, non_blocking=True) for x in self[1:])
+        )
+
+    def joint(self) -> torch.Tensor:
+        """Joint probabilities [B, N] if nobody else is asked, 0 for padding."""
+        parents = self.nodes.parents.long()
+        return path_product(self.alone, parents).masked_fill(~self.nodes.valid, 0.0)
+
 
 class ContextWalk(NamedTuple):
     """Tries kept until it is known how the text went on; what calibration learns from.
@@ -218,6 +232,19 @@ def held_below(
     """What the children of every row hold together [B, N + 1]; row 0 is the root."""
     rows = weights.new_zeros(len(weights), weights.shape[1] + 1)
     return rows.scatter_add(1, parents, weights)
+
+
+def path_product(
+    below: torch.Tensor,  # [B, N] probability below the parent
+    parents: torch.Tensor,  # [B, N] int64, rows
+) -> torch.Tensor:
+    """The product along the path of every node [B, N], by pointer jumping."""
+    product = torch.nn.functional.pad(below, (1, 0), value=1.0)
+    pointer = torch.nn.functional.pad(parents, (1, 0))
+    for _ in range(parents.shape[1].bit_length()):
+        product = product * product.gather(1, pointer)
+        pointer = pointer.gather(1, pointer)
+    return product[:, 1:]
 
 
 def _path_all(

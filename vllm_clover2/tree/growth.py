@@ -103,13 +103,21 @@ def ask_draft(
     draft: Draft,
     hidden: torch.Tensor,  # [B, H] draft hidden state at the root
     tree: DynamicTree,
-) -> None:
+    ask: torch.Tensor | None = None,  # [B] bool, whom to ask for; default: all
+) -> tuple[int, int]:
     """Adds the draft's candidates to a pool that may hold some of the text's own.
 
     Every level asks about its ``top_k`` likeliest nodes, whichever source they are
     from, as far as the draft can still add something there.
+
+    Returns:
+        Levels that were grown, and nodes that the draft was asked about.
+
     """
     frontier = pool.roots()
+    if ask is not None:
+        frontier = frontier._replace(open=frontier.open * ask[:, None])
+    levels = nodes = 0
     state = hidden[:, None]
     for level in range(tree.depth):
         asked = _worth_asking(frontier.open.flatten(), tree)
@@ -126,7 +134,9 @@ def ask_draft(
         state, children, was_asked = _in_place(
             grown, _kept_children(children, tree), asked, frontier
         )
+        levels, nodes = levels + 1, nodes + len(grown)
         frontier = pool.add(frontier, children, was_asked, tree.top_k)
+    return levels, nodes
 
 
 def _worth_asking(
