@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops of tree verification: attention over a tree, accept, commit.
+"""The ops of trees: attention over a tree, accept, commit; scoring while growing.
 
 Call them through the functions here. A compiled kernel runs where the library has one
 for the tensors' device, the pure-torch reference elsewhere, or everywhere with
@@ -21,6 +21,7 @@ __all__ = [
     "backend",
     "commit_kv",
     "library_path",
+    "top_k_log_probs",
     "tree_accept",
     "tree_attention",
 ]
@@ -49,11 +50,15 @@ def _load() -> str | None:
 
 @functools.cache
 def backend(device_type: str = "cpu") -> str:
-    """``native`` if this device type runs compiled kernels, else ``reference``."""
+    """``native`` if this device type runs compiled kernels, else ``reference``.
+
+    Ops of ``schema.WITHOUT_KERNEL`` do not count: there is no kernel to be missing.
+    """
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     if key is None:
         return "reference"
-    names = [f"{schema.NAMESPACE}::{name}" for name in schema.SCHEMAS]
+    without = schema.WITHOUT_KERNEL.get(device_type, set())
+    names = [f"{schema.NAMESPACE}::{name}" for name in schema.SCHEMAS.keys() - without]
     # No public function asks the dispatcher; this one is stable since torch 1.5.
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # noqa: SLF001
     return "native" if all(has_kernel(name, key) for name in names) else "reference"
@@ -79,12 +84,23 @@ def _fake_tree_accept(
     )
 
 
+def _fake_top_k_log_probs(
+    logits: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (logits.shape[0], k)
+    return (
+        logits.new_empty(shape, dtype=torch.float32),
+        logits.new_empty(shape, dtype=torch.int64),
+    )
+
+
 _LIBRARY = schema.register(
     {name: getattr(reference, name) for name in schema.SCHEMAS},
     {
         "tree_attention": _fake_nothing,
         "tree_accept": _fake_tree_accept,
         "commit_kv": _fake_nothing,
+        "top_k_log_probs": _fake_top_k_log_probs,
     },
 )
 _WHY_REFERENCE = _load()
@@ -144,3 +160,17 @@ def commit_kv(
     torch.ops.clover2.commit_kv.default(
         kv_caches, int(layout), block_table, prefix_lens, paths, lengths
     )
+
+
+def top_k_log_probs(
+    logits: torch.Tensor,  # [M, V] float32, bfloat16 or float16
+    k: int,  # 1..V
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest log-softmax values [M, k] float32 of each row, and their indices.
+
+    Of equal logits the lower index comes first; what is not finite counts as -inf. On
+    CUDA the reference serves.
+    """
+    result: tuple[torch.Tensor, torch.Tensor]
+    result = torch.ops.clover2.top_k_log_probs.default(logits, k)
+    return result

@@ -155,3 +155,32 @@ def commit_kv(
         # Read everything before the first write: the ranges may overlap.
         keys, values = read_tokens(cache, KVLayout(layout), slots(source))
         write_tokens(cache, KVLayout(layout), slots(destination), keys, values)
+
+
+def top_k_log_probs(
+    logits: torch.Tensor,  # [M, V] float32, bfloat16 or float16
+    k: int,  # 1..V
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest log-probabilities of each row and where they are.
+
+    Returns values [M, k] float32, falling and at most 0, and indices [M, k] int64; of
+    equal logits the lower index comes first. Logits that are NaN or infinite have
+    probability 0, and no row becomes NaN: one without finite logits has only -inf.
+    """
+    finite = torch.where(logits.isfinite(), logits.float(), -torch.inf)
+    log_probs = torch.log_softmax(finite, dim=-1)
+    # Rounding may lift log(1) above 0. Of -inf alone log_softmax makes NaN.
+    log_probs = log_probs.nan_to_num(nan=-torch.inf).clamp(max=0.0)
+    indices = _ranks(finite).topk(k, dim=-1).indices
+    return log_probs.gather(-1, indices), indices
+
+
+def _ranks(logits: torch.Tensor) -> torch.Tensor:
+    """Distinct int64 numbers that order the float32 values of a row, ties by index.
+
+    topk itself leaves the order of equal values open, and bf16 logits are often equal.
+    """
+    bits = (logits + 0.0).view(torch.int32)  # -0 becomes 0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    last = logits.shape[-1] - 1
+    return (ordered.long() << 32) + last - torch.arange(last + 1, device=logits.device)

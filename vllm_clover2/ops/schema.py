@@ -28,7 +28,11 @@ SCHEMAS: dict[str, str] = {
         "(Tensor(a!)[] kv_caches, int layout, Tensor block_table, "
         "Tensor prefix_lens, Tensor paths, Tensor lengths) -> ()"
     ),
+    "top_k_log_probs": "(Tensor logits, int k) -> (Tensor, Tensor)",
 }
+
+# Ops whose reference serves a device type even where the library is built.
+WITHOUT_KERNEL: dict[str, set[str]] = {"cuda": {"top_k_log_probs"}}
 
 
 def register(

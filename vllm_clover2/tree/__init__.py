@@ -9,6 +9,7 @@ from vllm_clover2.tree.types import (
     MAX_NODES,
     MAX_ROWS,
     GrownTrees,
+    TopK,
     TreeBatch,
     check_parents,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "Draft",
     "DynamicTree",
     "GrownTrees",
+    "TopK",
     "TreeBatch",
     "TreeOptions",
     "TreeShape",

@@ -36,6 +36,13 @@ class GrownTrees(NamedTuple):
         return cls(none, none.int(), none.int(), none.float(), sizes)
 
 
+class TopK(NamedTuple):
+    """The likeliest children of M nodes, likeliest first."""
+
+    values: torch.Tensor  # [M, k] float32 log-probabilities, at most 0
+    tokens: torch.Tensor  # [M, k] int64, target vocabulary
+
+
 @dataclass(frozen=True)
 class TreeBatch:
     """The trees of R requests as flat arrays; request i owns a range of rows."""
