@@ -13,7 +13,7 @@ chooses GPU architectures ("8.0;9.0;10.0" by default).
 import os
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 from torch.utils import cpp_extension
 
 KERNELS = Path("kernels")
@@ -28,7 +28,7 @@ def with_cuda() -> bool:
     return wanted and cpp_extension.CUDA_HOME is not None
 
 
-def extension() -> cpp_extension.Extension:
+def extension() -> Extension:
     """The one extension, CPU only or CPU and CUDA."""
     cuda = with_cuda()
     sources = sorted(

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -28,5 +29,16 @@ std::tuple<Tensor, Tensor, Tensor> tree_accept(const Tensor& target_tokens,
 void commit_kv(std::vector<Tensor> kv_caches, int64_t layout,
                const Tensor& block_table, const Tensor& prefix_lens,
                const Tensor& paths, const Tensor& lengths);
+
+std::tuple<Tensor, Tensor> top_k_log_probs(const Tensor& logits, int64_t k);
+
+Tensor int8_product(const Tensor& input, const Tensor& packed,
+                    const Tensor& scales, const std::optional<Tensor>& bias);
+
+std::tuple<Tensor, Tensor> recurrent_step(
+    const Tensor& state, const Tensor& embedding, std::vector<Tensor> query,
+    std::vector<Tensor> of_embedding, std::vector<Tensor> output,
+    const Tensor& input_norm, const Tensor& output_norm, int64_t num_heads,
+    double eps);
 
 }  // namespace clover2::cpu

@@ -14,13 +14,18 @@ from pathlib import Path
 import torch
 
 from vllm_clover2.ops import reference, schema
+from vllm_clover2.ops.int8 import Int8Weight, pack_int8
 from vllm_clover2.ops.layout import KVLayout
 
 __all__ = [
+    "Int8Weight",
     "KVLayout",
     "backend",
     "commit_kv",
+    "int8_product",
     "library_path",
+    "pack_int8",
+    "recurrent_step",
     "top_k_log_probs",
     "tree_accept",
     "tree_attention",
@@ -94,6 +99,22 @@ def _fake_top_k_log_probs(
     )
 
 
+def _fake_int8_product(
+    input: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    del packed, bias
+    return input.new_empty((input.shape[0], scales.shape[0]))
+
+
+def _fake_recurrent_step(
+    state: torch.Tensor, *_: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(state), torch.empty_like(state)
+
+
 _LIBRARY = schema.register(
     {name: getattr(reference, name) for name in schema.SCHEMAS},
     {
@@ -101,6 +122,8 @@ _LIBRARY = schema.register(
         "tree_accept": _fake_tree_accept,
         "commit_kv": _fake_nothing,
         "top_k_log_probs": _fake_top_k_log_probs,
+        "int8_product": _fake_int8_product,
+        "recurrent_step": _fake_recurrent_step,
     },
 )
 _WHY_REFERENCE = _load()
@@ -173,4 +196,39 @@ def top_k_log_probs(
     """
     result: tuple[torch.Tensor, torch.Tensor]
     result = torch.ops.clover2.top_k_log_probs.default(logits, k)
+    return result
+
+
+def int8_product(
+    input: torch.Tensor,  # [M, K] float32, bfloat16 or float16
+    weight: Int8Weight,  # [N, K]
+) -> torch.Tensor:
+    """input W^T + bias [M, N], like input, with both factors rounded to int8.
+
+    On CUDA the reference serves.
+    """
+    result: torch.Tensor = torch.ops.clover2.int8_product.default(input, *weight)
+    return result
+
+
+def recurrent_step(
+    state: torch.Tensor,  # [M, H] float32, bfloat16 or float16
+    embedding: torch.Tensor,  # [M, H], any of these dtypes
+    query: Int8Weight,  # [H, H], with a bias
+    of_embedding: Int8Weight,  # [3 H, H]: key, value, the embedding's part of output
+    output: Int8Weight,  # [H, H]: the state's part
+    input_norm: torch.Tensor,  # [H]
+    output_norm: torch.Tensor,  # [H]
+    num_heads: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step of Clover-2's recurrence: the next state and the output, [M, H] each.
+
+    On CUDA the reference serves.
+    """
+    result: tuple[torch.Tensor, torch.Tensor]
+    result = torch.ops.clover2.recurrent_step.default(
+        state, embedding, list(query), list(of_embedding), list(output),
+        input_norm, output_norm, num_heads, eps,
+    )  # fmt: skip
     return result
