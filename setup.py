@@ -8,8 +8,8 @@ from TORCH_TARGET on. ``torch.ops.load_library`` loads it.
 
 Environment: CLOVER2_BUILD_CUDA=0 leaves the CUDA files out, 1 insists on them;
 TORCH_CUDA_ARCH_LIST chooses GPU architectures ("8.0;9.0;10.0;12.0+PTX" by default:
-A100, H100, B200, RTX 50; 8.6 and 8.9 run the code of 8.0, and later ones compile what is
-there as PTX).
+A100, H100, B200, RTX 50; 8.6 and 8.9 run the code of 8.0, and later ones compile what
+is there as PTX).
 """
 
 import os
