@@ -25,7 +25,7 @@ namespace clover2 {
 namespace {
 
 constexpr int kReservedSharedBytes = 1024;  // of every block, by the system
-// What a block may have on every GPU from Ampere on; consumer GPUs have no more.
+// What a block may have on every GPU since Ampere: consumer GPUs have no more.
 constexpr int kLeastSharedBytes = 99 * 1024;
 constexpr int kInvalidValue = 1;            // cudaErrorInvalidValue
 

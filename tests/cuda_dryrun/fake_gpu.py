@@ -6,7 +6,7 @@ asked to be on ``cuda`` is computed by the CPU, but
 
 - ``tensor.device`` says ``cuda:0``, so that code takes the branches it takes on a GPU;
 - an operator that gets tensors of both sides raises, and so does ``numpy()``;
-- waits of the host for the device are counted by kind and by line, see ``transfers``.
+- waits of the host for the device are counted, by kind and place: ``transfers``.
 
 It replaces parts of torch for good: only for processes of their own.
 """
@@ -130,7 +130,7 @@ class _FakeGpu(TorchDispatchMode):
         if name in ("aten::copy_", "aten::_to_copy"):
             self._copy(name, inputs, marked, wanted, args, kwargs)
         else:
-            self._check(name, func, inputs, marked, args, kwargs)
+            self._check(name, inputs, marked, args, kwargs)
         known = {t.untyped_storage()._cdata for t in inputs}
         if any(marked) and func in kernels:
             with inside_a_kernel():
@@ -174,7 +174,6 @@ class _FakeGpu(TorchDispatchMode):
     def _check(
         self,
         name: str,
-        func: Any,
         inputs: list[torch.Tensor],
         marked: list[bool],
         args: tuple,

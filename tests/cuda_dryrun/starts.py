@@ -47,7 +47,8 @@ def main(vllm_folder: Path, work: Path) -> None:
         save_target(work / target, shape)
         save_random_head(work / head, shape)
     os.chdir(work)
-    results = {name: start(name, *STARTS[name]) for name in STARTS}
+    results: dict[str, Any] = {name: start(name, *STARTS[name]) for name in STARTS}
+    results["quantized output"] = quantized_output()
     Path("results.json").write_text(json.dumps(results))
 
 
@@ -84,6 +85,22 @@ def start(
     finally:
         ops.backend = backend
         os.environ.pop("VLLM_USE_V2_MODEL_RUNNER", None)
+
+
+def quantized_output() -> list[bool]:
+    """Whether TRITON_ATTN, stock and ours, writes what a compiled graph may ask for."""
+    from vllm.model_executor.layers.quantization.utils.quant_utils import (
+        kFp8StaticTensorSym,
+    )
+
+    from vllm_clover2.integration.attention_cuda import TreeTritonAttentionImpl
+
+    ours = TreeTritonAttentionImpl.__new__(TreeTritonAttentionImpl)
+    stock = super(TreeTritonAttentionImpl, ours)
+    return [
+        which.fused_output_quant_supported(kFp8StaticTensorSym)
+        for which in (stock, ours)
+    ]
 
 
 if __name__ == "__main__":

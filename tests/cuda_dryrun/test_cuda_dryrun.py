@@ -114,3 +114,8 @@ def test_backend_on_blackwell(starts: dict[str, Any]) -> None:
 )
 def test_refused_at_start(name: str, reason: str, starts: dict[str, Any]) -> None:
     assert reason in starts[name]
+
+
+def test_output_is_not_quantized_by_attention(starts: dict[str, Any]) -> None:
+    """Stock TRITON_ATTN can; our kernel for the rows of trees cannot."""
+    assert starts["quantized output"] == [True, False]

@@ -28,8 +28,7 @@ SUPPORTED_VLLM = ("0.32", "0.33")
 
 def version_problem(found: str) -> str | None:
     """One paragraph for the user when ``found`` is not a supported vLLM, else None."""
-    series = ".".join(found.split("+")[0].split(".")[:2])
-    if series in SUPPORTED_VLLM:
+    if ".".join(found.split(".")[:2]) in SUPPORTED_VLLM:
         return None
     return (
         f"vllm-clover2 {__version__} supports vLLM {_or('{}.x')}, but vLLM {found} is "
