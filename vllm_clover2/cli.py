@@ -156,9 +156,8 @@ def _settings_of(arguments: argparse.Namespace) -> BaseModel:
         return arguments.settings(**values)
     except ValidationError as error:
         problems = [
-            f"--{str(problem['loc'][0]).replace('_', '-')}: {problem['msg']}"
-            if problem["loc"]
-            else problem["msg"].removeprefix("Value error, ")
+            "".join(f"--{part}: ".replace("_", "-") for part in problem["loc"][:1])
+            + problem["msg"].removeprefix("Value error, ")
             for problem in error.errors()
         ]
         raise ValueError("; ".join(problems)) from error

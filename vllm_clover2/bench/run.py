@@ -108,6 +108,11 @@ def benchmark(config: BenchmarkConfig) -> Path:
     """
     prompts, max_model_len = prepare(config)
     config.output.mkdir(parents=True, exist_ok=True)
+    table, load, tasks = (
+        config.output / name for name in ("table.md", "load.png", "tasks.png")
+    )
+    for old in (table, load, tasks):  # not to be taken for those of this run
+        old.unlink(missing_ok=True)
     console = Console()
     columns = (
         SpinnerColumn(),
@@ -123,9 +128,9 @@ def benchmark(config: BenchmarkConfig) -> Path:
         rounds = _measure(config, prompts, max_model_len, progress)
     results = summarise([prompt.task for prompt in prompts], rounds)
     report.show(console, results)
-    (config.output / "table.md").write_text(report.markdown(results), "utf-8")
-    report.plot_load(results, config.output / "load.png")
-    report.plot_tasks(results, config.output / "tasks.png")
+    table.write_text(report.markdown(results), "utf-8")
+    report.plot_load(results, load)
+    report.plot_tasks(results, tasks)
     return config.output / "results.json"
 
 

@@ -68,7 +68,7 @@ def test_every_method_is_told_to_vllm_in_its_own_way():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--methods clover3", "--methods: Value error, unknown methods ['clover3']"),
+        ("--methods clover3", "--methods: unknown methods ['clover3']"),
         ("--concurrency 0 1", "--concurrency: Input should be greater than or equal"),
         ("--concurrency one", "--concurrency: Input should be a valid integer"),
         ("--rounds 0", "--rounds: Input should be greater than or equal to 1"),

@@ -110,6 +110,8 @@ def test_figures_tables_and_plots_are_written(
 def test_an_interrupted_run_keeps_its_rounds(
     events: list[tuple], config: BenchmarkConfig
 ):
+    config.output.mkdir()
+    (config.output / "table.md").write_text("of an earlier run")
     FakeBackend.stop_at = 4
     with pytest.raises(KeyboardInterrupt):
         run.benchmark(config)
@@ -117,4 +119,5 @@ def test_an_interrupted_run_keeps_its_rounds(
     methods = content["results"][0]["methods"]
     assert len(methods["none"]["tokens_per_second_by_round"]) == 2
     assert len(methods["ngram"]["tokens_per_second_by_round"]) == 1
+    assert not (config.output / "table.md").exists()
     assert sorted(events[-2:]) == [("close", "ngram"), ("close", "none")]
