@@ -151,15 +151,22 @@ void multiply(const DraftKernels& kernels, const Int8Rows& inputs,
            sizeof(float));
 }
 
-// Rows of a tensor as floats, padded with zeros.
+// Calls body(row) for every row, many of them by several threads.
+template <typename Body>
+void for_rows(int64_t rows, const Body& body) {
+  torch::stable::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) body(row);
+  });
+}
+
+// A row of a tensor as floats, padded with zeros.
 void read_row(const DraftKernels& kernels, const Tensor& source, int64_t row,
-              const Rows<float>& target, int64_t target_row) {
+              float* target, int64_t padded_size) {
   const int64_t size = source.size(1);
   const char* data = static_cast<const char*>(source.const_data_ptr()) +
                      row * source.stride(0) * source.element_size();
-  float* floats = target[target_row];
-  kernels.to_float(data, source.scalar_type(), size, floats);
-  std::fill(floats + size, floats + target.size(), 0.0f);
+  kernels.to_float(data, source.scalar_type(), size, target);
+  std::fill(target + size, target + padded_size, 0.0f);
 }
 
 void write_row(const DraftKernels& kernels, const float* source, Tensor& target,
@@ -187,7 +194,7 @@ std::tuple<Tensor, Tensor> top_k_log_probs(const Tensor& logits,  // [M, V]
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     const Rows<float> scratch(1, size);
     for (int64_t row = begin; row < end; ++row) {
-      read_row(kernels, logits, row, scratch, 0);
+      read_row(kernels, logits, row, scratch[0], scratch.size());
       std::fill(scratch[0] + size, scratch[0] + scratch.size(), -kInfinity);
       kernels.top_k(scratch[0], scratch.size(), k, value + row * k,
                     index + row * k);
@@ -211,11 +218,11 @@ Tensor int8_product(const Tensor& input,   // [M, K]
   for (int64_t first = 0; first < rows; first += kChunkRows) {
     const int64_t count = std::min(kChunkRows, rows - first);
     Int8Rows inputs(count, weight.depth);
-    const Rows<float> scratch(1, weight.depth);
-    for (int64_t row = 0; row < count; ++row) {
-      read_row(kernels, input, first + row, scratch, 0);
-      inputs.set(kernels, row, scratch[0]);
-    }
+    const Rows<float> floats(count, weight.depth);
+    for_rows(count, [&](int64_t row) {
+      read_row(kernels, input, first + row, floats[row], floats.size());
+      inputs.set(kernels, row, floats[row]);
+    });
     multiply(kernels, inputs, weight,
              static_cast<char*>(out.mutable_data_ptr()) + first * row_bytes,
              weight.outputs, input.scalar_type(), out.element_size());
@@ -258,35 +265,35 @@ std::tuple<Tensor, Tensor> recurrent_step(
   }
   Tensor next = torch::stable::new_empty(state, {rows, size});
   Tensor out = torch::stable::new_empty(state, {rows, size});
-  const Rows<float> states(rows, size), tokens(rows, size);
-  const Rows<float> queries(rows, size), of_tokens(rows, 3 * size);
+  const Rows<float> states(rows, size), queries(rows, size);
+  const Rows<float> of_tokens(rows, 3 * size);
   Int8Rows inputs(rows, size), token_inputs(rows, size);
-  for (int64_t row = 0; row < rows; ++row) {
-    read_row(kernels, embedding, row, tokens, row);
-    token_inputs.set(kernels, row, tokens[row]);
-    read_row(kernels, state, row, states, row);
-    float* normed = tokens[row];  // the embedding is not needed any more
-    std::copy_n(states[row], states.size(), normed);
-    kernels.rms_norm(normed, norms[0], size, small);
-    inputs.set(kernels, row, normed);
-  }
+  for_rows(rows, [&](int64_t row) {
+    float* scratch = queries[row];
+    read_row(kernels, embedding, row, scratch, queries.size());
+    token_inputs.set(kernels, row, scratch);
+    read_row(kernels, state, row, states[row], states.size());
+    std::copy_n(states[row], states.size(), scratch);
+    kernels.rms_norm(scratch, norms[0], size, small);
+    inputs.set(kernels, row, scratch);
+  });
   multiply(kernels, inputs, of_state, queries);
   multiply(kernels, token_inputs, of_token, of_tokens);
-  for (int64_t row = 0; row < rows; ++row) {
+  for_rows(rows, [&](int64_t row) {
     const float* key = of_tokens[row];
     kernels.add_cosine(queries[row], key, key + size, num_heads,
                        size / num_heads, small, states[row]);
     write_row(kernels, states[row], next, row);
     inputs.set(kernels, row, states[row]);
-  }
+  });
   multiply(kernels, inputs, of_next, queries);
-  for (int64_t row = 0; row < rows; ++row) {
+  for_rows(rows, [&](int64_t row) {
     float* result = queries[row];
     const float* of_its_token = of_tokens[row] + 2 * size;
     for (int64_t i = 0; i < size; ++i) result[i] += of_its_token[i];
     kernels.rms_norm(result, norms[1], size, small);
     write_row(kernels, result, out, row);
-  }
+  });
   return {next, out};
 }
 

@@ -74,8 +74,14 @@ void multiply_tile(const int8_t* inputs, int64_t depth, const uint8_t* weights,
   __asm__ volatile("" ::: "memory");
 }
 
+// What was chosen without the unit; it is quicker where a tile would be mostly
+// empty (0.17 against 0.20 ms for one row by 8,192 x 576 weights).
+constexpr int64_t kFewRows = 4;
+decltype(DraftKernels::multiply) multiply_few = nullptr;
+
 void multiply(const int8_t* inputs, int64_t rows, int64_t depth,
               const uint8_t* weights, int32_t* sums) {
+  if (rows <= kFewRows) return multiply_few(inputs, rows, depth, weights, sums);
   int64_t configured = 0;
   for (int64_t row = 0; row < rows; row += kTileRows) {
     const int64_t count = std::min(kTileRows, rows - row);
@@ -98,6 +104,7 @@ bool amx_draft_kernels(DraftKernels& kernels) {
   if (amx_attention() == nullptr || !__builtin_cpu_supports("amx-int8")) {
     return false;
   }
+  multiply_few = kernels.multiply;
   kernels.multiply = multiply;
   return true;
 }

@@ -20,17 +20,18 @@ namespace clover2::cpu {
 
 namespace {
 
-// The best kernel for this machine. CLOVER2_CPU_ISA=avx2 or portable tests what
-// lesser machines run.
+// The best kernel for this machine. CLOVER2_CPU_ISA=avx512 (without AMX), avx2
+// or portable tests what lesser machines run.
 AttentionKernel choose_kernel(KVLayout layout) {
   const char* limit = std::getenv("CLOVER2_CPU_ISA");
   const bool best = limit == nullptr || *limit == '\0';
-  const bool avx2 = best || std::strcmp(limit, "avx2") == 0;
+  const bool avx512 = best || std::strcmp(limit, "avx512") == 0;
+  const bool avx2 = avx512 || std::strcmp(limit, "avx2") == 0;
   AttentionKernel kernel = nullptr;
   if (layout == KVLayout::kAmx) {
     if (best) kernel = amx_attention();
   } else {
-    if (best) kernel = avx512_attention();
+    if (avx512) kernel = avx512_attention();
     if (avx2 && kernel == nullptr) kernel = avx2_attention();
   }
   return kernel != nullptr ? kernel : portable_attention();
