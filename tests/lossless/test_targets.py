@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_fixtures import TINY, random_prompts
+from engine_fixtures import TINY, assert_exact, random_prompts
 from engines import EnginePool, assert_same
 from planting import CommitSpy, Planter, with_truth
 from tiny_models import save_random_head
@@ -65,13 +65,7 @@ def test_planted_trees(
     options = {"skip_tokenizer_init": True, "block_size": 32}
     expected = engines.get(target, **options).run(requests)
     engine = engines.get(target, head, **options)
-    own = engine.run(requests)
-    assert_same(expected, own, requests)
-    engine.forget_prefixes()
-    plant(seed=130)
-    actual = engine.run(with_truth(requests, expected))
-    assert_same(expected, actual, requests)
-    assert commits.moved > len(requests)
+    assert_exact(expected, engine, requests, lambda: plant(seed=130), commits)
 
 
 def test_head_with_other_kv_than_the_targets(

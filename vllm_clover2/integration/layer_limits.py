@@ -5,7 +5,6 @@ Allowed is what tree attention computes: causal attention of a layer over KV of 
 in the model's dtype, by one of our backends, with or without a cap on the logits.
 """
 
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -101,8 +100,8 @@ def _head_sizes(size: int, device_type: str) -> tuple[str, bool]:
 
 def _missing_ops(device_type: str) -> list[str]:
     """Why the compiled ops cannot be used on CUDA, if they cannot."""
-    asked = os.environ.get("CLOVER2_OPS") == "reference"
-    if device_type != "cuda" or asked or ops.backend("cuda") == "native":
+    served = ops.reference_is_asked_for() or ops.backend("cuda") == "native"
+    if device_type != "cuda" or served:
         return []
     install = "pip install --no-build-isolation --no-deps --force-reinstall ."
     reason = (

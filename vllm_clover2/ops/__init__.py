@@ -24,6 +24,7 @@ __all__ = [
     "commit_kv",
     "context_nodes",
     "library_path",
+    "reference_is_asked_for",
     "tree_accept",
     "tree_attention",
 ]
@@ -36,9 +37,14 @@ def library_path() -> Path | None:
     return next(iter(sorted(Path(__file__).parent.glob("_C*.so"))), None)
 
 
+def reference_is_asked_for() -> bool:
+    """Whether ``CLOVER2_OPS=reference`` is in the environment."""
+    return os.environ.get("CLOVER2_OPS") == "reference"
+
+
 def _load() -> str | None:
     """Loads the compiled library; returns why the references serve, if they do."""
-    if os.environ.get("CLOVER2_OPS") == "reference":
+    if reference_is_asked_for():
         return "CLOVER2_OPS=reference"
     path = library_path()
     if path is None:

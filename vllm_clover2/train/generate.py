@@ -6,15 +6,14 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import zlib
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vllm_clover2.records import write_json
-from vllm_clover2.train.records import refuse_changes, target_fingerprint
+from vllm_clover2.records import command, write_json
+from vllm_clover2.train.resuming import refuse_changes, target_fingerprint
 
 __all__ = ["GenerateConfig", "generate", "temperature_of"]
 
@@ -95,8 +94,7 @@ def _claim(config: GenerateConfig, working: Path) -> None:
             before = json.loads(record.read_text("utf-8"))["settings"]
         remedy = "choose another output, or delete that file to begin anew"
         refuse_changes(str(working), before, settings, remedy)
-    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    write_json(record, {"command": command, "settings": settings})
+    write_json(record, {"command": command(), "settings": settings})
 
 
 def generate(config: GenerateConfig) -> Path:

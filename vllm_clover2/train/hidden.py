@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from vllm_clover2.records import write_json
 from vllm_clover2.train.data import AnswerSet, Batch
-from vllm_clover2.train.records import refuse_changes, target_fingerprint
+from vllm_clover2.train.resuming import refuse_changes, target_fingerprint
 
 __all__ = ["HiddenStateCache", "Target", "TargetStates"]
 

@@ -6,14 +6,13 @@ import json
 import os
 import platform
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from vllm_clover2.records import git_commit, versions, write_json
-from vllm_clover2.train.records import refuse_changes
+from vllm_clover2.records import command, git_commit, versions, write_json
+from vllm_clover2.train.resuming import refuse_changes
 
 __all__ = ["RunDirectory"]
 
@@ -80,7 +79,7 @@ class RunDirectory:
             refuse_changes(what, *fixed, remedy)
             history = [*previous.get("earlier_commands", []), previous["command"]]
         record = {
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "command": command(),
             "earlier_commands": history,
             "versions": {"python": platform.python_version(), **versions(_PACKAGES)},
             "git": git_commit(),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_clover2.train.records import target_fingerprint
+from vllm_clover2.train.resuming import target_fingerprint
 
 SIZE = 20 << 20  # large enough to be sampled
 
