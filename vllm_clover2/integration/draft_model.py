@@ -30,6 +30,7 @@ from vllm.model_executor.models.utils import (
     maybe_prefix,
 )
 
+from vllm_clover2 import ops
 from vllm_clover2.model.clover2 import Clover2Model
 from vllm_clover2.model.config import Clover2Config
 from vllm_clover2.model.head_files import (
@@ -43,6 +44,7 @@ from vllm_clover2.model.layers import (
     RegressiveAttentionBlock,
     plain_product,
 )
+from vllm_clover2.tree.types import TopK
 
 
 class _DraftDecoderLayer(LlamaDecoderLayer):
@@ -205,6 +207,26 @@ class Clover2DraftModel(nn.Module):
         state, output = self.recurrent.advance(state, embeddings)
         return state, self._log_probs(output)
 
+    def first_top_k(
+        self,
+        hidden: torch.Tensor,  # [n, hidden]
+        k: int,
+    ) -> tuple[torch.Tensor, TopK]:  # [n, hidden], [n, k]
+        """State and the k likeliest of the root's children; fewer if there are."""
+        state = hidden.to(self.recurrent.norm.weight.dtype)
+        return state, self._top_k(self.recurrent.first(state), k)
+
+    def advance_top_k(
+        self,
+        state: torch.Tensor,  # [n, hidden]
+        tokens: torch.Tensor,  # [n] target ids
+        k: int,
+    ) -> tuple[torch.Tensor, TopK]:
+        """One recurrent step along ``tokens``; same outputs as :meth:`first_top_k`."""
+        embeddings = self.embed(tokens).to(state.dtype)
+        state, output = self.recurrent.advance(state, embeddings)
+        return state, self._top_k(output, k)
+
     def token_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
         """Target ids of ids in the draft's vocabulary."""
         if self.draft_vocab_ids is None:
@@ -243,6 +265,11 @@ class Clover2DraftModel(nn.Module):
             # Elsewhere compiling the block is all that there is to gain.
             self.model.rab1.fuse(serving_product)
         return loaded
+
+    def _top_k(self, output: torch.Tensor, k: int) -> TopK:
+        logits = self.compute_logits(output)
+        values, draft_ids = ops.top_k_log_probs(logits, min(k, logits.shape[-1]))
+        return TopK(values, self.token_ids(draft_ids))
 
     def _log_probs(self, output: torch.Tensor) -> torch.Tensor:
         logits = self.compute_logits(output)

@@ -7,6 +7,7 @@ The stock runner calls, in this order: ``_prepare_inputs`` (we set tree position
 ``propose_draft_token_ids`` (we run the draft). No stock method is copied.
 """
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,10 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm_clover2 import ops
 from vllm_clover2.integration import layer_limits
 from vllm_clover2.integration.attention import kv_layout
+from vllm_clover2.integration.backlog import CommittedRows
 from vllm_clover2.integration.compat import surface
-from vllm_clover2.integration.proposer import Clover2Proposer, CommittedRows
+from vllm_clover2.integration.drafting import Drafting, FinishedStep
+from vllm_clover2.integration.proposer import Clover2Proposer
 from vllm_clover2.integration.sampling import AcceptedPaths, accept_paths
 from vllm_clover2.integration.verify import (
     Draft,
@@ -28,6 +31,8 @@ from vllm_clover2.integration.verify import (
     VerifyBatch,
     likeliest_path,
 )
+from vllm_clover2.tree.step_cost import Work
+from vllm_clover2.tree.types import Source
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -72,16 +77,23 @@ class Clover2RunnerMixin:
         if self.drafter.options.tree != "chain":
             layer_limits.refuse_several_kv_groups(kv_cache_config)
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        self.drafting = Drafting(self.drafter, self._draft_blocks.block_size)
         holder = self.input_batch.thinking_budget_state_holder
         if holder is not None:
             # Its rows follow requests, not drafts: we sample level by level, and
             # requests with a budget are not drafted for.
             holder.in_spec_mode = False
 
+    @property
+    def _draft_blocks(self) -> Any:
+        """The block table of the KV group that target and draft share."""
+        return self.input_batch.block_table[self.drafter.kv_cache_gid]
+
     @torch.inference_mode()
-    def measure_step(self) -> None:
-        """Let the drafter learn what a step costs; call once, after warm-up."""
-        self.drafter.measure_step(self._pass_rows)
+    def measure_cost(self) -> None:
+        """Measure what steps cost, for adaptive trees; call once, after warm-up."""
+        if (cost := self.drafter.measure_cost(self._pass_rows)) is not None:
+            self.drafting.adapt_to(cost)
 
     @torch.inference_mode()
     def measure_parts(self) -> dict[str, float]:
@@ -106,12 +118,14 @@ class Clover2RunnerMixin:
     def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
         super()._on_request_state_removed(req_id, req_state)
         self.drafts.drop(req_id)
+        self.drafting.forget(req_id)
 
     # Verify
 
     def _prepare_inputs(
         self, scheduler_output: Any, num_scheduled_tokens: np.ndarray
     ) -> Any:
+        self.drafting.clock.begin()
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         logits_indices = prepared[0]
         spec_tokens = scheduler_output.scheduled_spec_decode_tokens
@@ -164,11 +178,10 @@ class Clover2RunnerMixin:
         """
         if not len(batch.tree_requests):
             return
-        block_table = self.input_batch.block_table[self.drafter.kv_cache_gid]
         ops.commit_kv(
             [layer.kv_cache for layer in self._target_layers],
             kv_layout(self._target_layers[0]),
-            block_table.get_device_tensor(batch.num_requests),
+            self._draft_blocks.get_device_tensor(batch.num_requests),
             torch.from_numpy(batch.root_positions).to(self.device, non_blocking=True),
             accepted.paths,
             accepted.lengths,
@@ -202,42 +215,99 @@ class Clover2RunnerMixin:
         common_attn_metadata: Any,
         slot_mappings: Any,
     ) -> list[list[int]]:
-        block_table = self.input_batch.block_table[self.drafter.kv_cache_gid]
-        states = self.drafter.augment(
-            self._committed_rows(self._batch, self._accepted),
-            aux_hidden_states[0],
-            common_attn_metadata,
-            block_table.block_size,
+        step = self._finished_step(
+            sampled_token_ids, aux_hidden_states[0], common_attn_metadata
         )
         self._batch = self._accepted = None
-        proposals: list[list[int]] = [[] for _ in sampled_token_ids]
-        drafted = [i for i, sampled in enumerate(sampled_token_ids) if sampled]
         max_nodes = scheduler_output.num_spec_tokens_to_schedule
-        if drafted and max_nodes:
-            grown = self.drafter.grow(states[drafted])
-            sizes = grown.sizes.clamp(max=max_nodes).tolist()
-            tokens, parents = grown.tokens.tolist(), grown.parents.cpu().numpy()
-            for row, request in enumerate(drafted):
-                size = sizes[row]
-                proposals[request] = self._remember(
-                    self.input_batch.req_ids[request],
-                    tokens[row][:size],
-                    parents[row, :size],
-                )
+        if not max_nodes:
+            step = dataclasses.replace(step, drafted=[])
+        grown = self.drafting.draft(step)
+        proposals: list[list[int]] = [[] for _ in sampled_token_ids]
+        sizes = grown.sizes.clamp(max=max_nodes).tolist()
+        tokens, parents = grown.tokens.tolist(), grown.parents.cpu().numpy()
+        sources = grown.sources.cpu().numpy()
+        for row, request in enumerate(step.drafted):
+            size = sizes[row]
+            proposals[request] = self._remember(
+                self.input_batch.req_ids[request],
+                tokens[row][:size],
+                parents[row, :size],
+                sources[row, :size],
+            )
         for request, proposal in enumerate(proposals):
             if not proposal:
                 self.drafts.drop(self.input_batch.req_ids[request])
         return proposals
 
+    def _finished_step(
+        self,
+        sampled_token_ids: list[list[int]],
+        hidden_states: torch.Tensor,  # [rows, hidden]
+        attention: Any,
+    ) -> FinishedStep:
+        """What drafting has to know of the step; call after the stock bookkeeping."""
+        batch, accepted = self._batch, self._accepted
+        self._count_accepted(batch, accepted)
+        num_reqs = batch.num_requests
+        requests = list(self.input_batch.req_ids)
+        lengths = self.input_batch.num_tokens_no_spec[:num_reqs].astype(np.int32)
+        blocks = self._draft_blocks
+        prompt_rows = batch.query_rows - int(batch.row_counts.sum())
+        return FinishedStep(
+            requests=requests,
+            drafted=[
+                index
+                for index, sampled in enumerate(sampled_token_ids)
+                if sampled and self._may_draft(requests[index])
+            ],
+            emitted=sampled_token_ids,
+            token_ids=self.input_batch.token_ids_cpu_tensor,
+            lengths=lengths,
+            committed=self._committed_rows(batch, accepted, hidden_states),
+            block_table=blocks.get_cpu_tensor().numpy()[:num_reqs],
+            attention=attention,
+            block_size=blocks.block_size,
+            work=Work(batch.query_rows, prompt_rows, int(batch.root_positions.sum())),
+            prompt_rows=min(prompt_rows, self._prompt_rows_left(sampled_token_ids)),
+        )
+
+    def _prompt_rows_left(self, sampled_token_ids: list[list[int]]) -> int:
+        """Rows of prompts that this step did not reach."""
+        left = [
+            self.requests[req_id].num_tokens
+            for req_id, sampled in zip(self.input_batch.req_ids, sampled_token_ids)
+            if not sampled
+        ]
+        return sum(left)
+
+    def _may_draft(self, req_id: str) -> bool:
+        if self.requests[req_id].sampling_params.thinking_token_budget is not None:
+            self.drafts.fell_back("thinking budget: not drafted")
+            return False
+        return True
+
+    def _count_accepted(self, batch: VerifyBatch, accepted: AcceptedPaths) -> None:
+        """Count verified and accepted nodes by who proposed them."""
+        if not batch.max_depth:
+            return
+        offsets = batch.trees.row_offsets[:-1, None]
+        rows = (accepted.paths + offsets)[accepted.paths > 0].cpu().numpy()
+        for source in Source:
+            name = source.name.lower()
+            self.drafts.counts[f"verified, {name}"] += int(
+                (batch.sources == source).sum()
+            )
+            self.drafts.counts[f"accepted, {name}"] += int(
+                (batch.sources[rows] == source).sum()
+            )
+
     def _remember(
-        self, req_id: str, tokens: list[int], parents: np.ndarray
+        self, req_id: str, tokens: list[int], parents: np.ndarray, sources: np.ndarray
     ) -> list[int]:
         """Keep a grown tree for the next step; returns what to send the scheduler."""
         request = self.requests[req_id]
         params = request.sampling_params
-        if params.thinking_token_budget is not None:
-            self.drafts.fell_back("thinking budget: not drafted")
-            return []
         is_chain = self.drafter.options.tree == "chain"
         if params.structured_outputs is not None and not is_chain:
             # vLLM reads the drafts of such a request as one string when it builds
@@ -245,15 +315,25 @@ class Clover2RunnerMixin:
             self.drafts.fell_back("structured output: drafted as a chain")
             path = likeliest_path(parents)
             tokens = [tokens[row - 1] for row in path]
+            sources = sources[[row - 1 for row in path]]
             parents = np.arange(len(path), dtype=np.int32)
             is_chain = True
-        self.drafts.put(req_id, Draft(request.num_tokens, tokens, parents, is_chain))
+        self.drafts.put(
+            req_id, Draft(request.num_tokens, tokens, parents, sources, is_chain)
+        )
         return tokens
 
     def _committed_rows(
-        self, batch: VerifyBatch, accepted: AcceptedPaths
+        self,
+        batch: VerifyBatch,
+        accepted: AcceptedPaths,
+        hidden_states: torch.Tensor,  # [rows, hidden]
     ) -> CommittedRows:
-        """Rows of the step that are text now; call after the stock bookkeeping."""
+        """Rows of the step that are text now; call after the stock bookkeeping.
+
+        Of each request the scheduled prompt rows or its root, then the accepted nodes
+        in path order.
+        """
         num_reqs = batch.num_requests
         starts = self.query_start_loc.np[:num_reqs].astype(np.int64)
         first_positions = self.input_batch.num_computed_tokens_cpu[:num_reqs]
@@ -274,8 +354,13 @@ class Clover2RunnerMixin:
         )
         positions = first_positions[requests].astype(np.int64) + within
         next_tokens = self.input_batch.token_ids_cpu[requests, positions + 1]
+        on_device = torch.from_numpy(rows).to(hidden_states.device, non_blocking=True)
         return CommittedRows(
-            rows, requests, positions, counts, next_tokens.astype(np.int64)
+            hidden_states[on_device],
+            requests,
+            positions,
+            counts,
+            next_tokens.astype(np.int64),
         )
 
 
@@ -284,7 +369,7 @@ class Clover2WorkerMixin:
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
-        self.model_runner.measure_step()
+        self.model_runner.measure_cost()
         return times
 
     def clover2_stats(self) -> dict[str, int]:
@@ -295,16 +380,20 @@ class Clover2WorkerMixin:
         return dict(self.model_runner.drafts.counts)
 
     def clover2_step_milliseconds(self) -> dict[int, float]:
-        """Time of a step by its rows, as measured at start for adaptive trees.
+        """Time of a step by its rows, measured at start and learned since.
 
         Empty where trees are not adaptive. For
         ``LLM.collective_rpc("clover2_step_milliseconds")``.
         """
-        seconds = self.model_runner.drafter.step_seconds
-        if seconds is None:
+        chooser = self.model_runner.drafting.chooser
+        if chooser is None:
             return {}
         rows = (1, 2, 4, 8, 16, 26, 32, 61, 64, 128, 256)
-        return {n: 1e3 * float(seconds[n]) for n in rows if n < len(seconds)}
+        return {
+            n: 1e3 * chooser.cost.seconds(Work(n, 0, 0))
+            for n in rows
+            if n <= chooser.cost.max_rows
+        }
 
     def clover2_part_milliseconds(self) -> dict[str, float]:
         """Times of the parts of one request's step, measured by this call.

@@ -54,6 +54,14 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
     """Nucleus mass that a node's children must lie in (dynamic tree)."""
     min_ratio: float | None = None
     """Children under this share of their likeliest sibling are dropped (dynamic)."""
+    context: bool | None = None
+    """What followed the same words earlier in the request is drafted too."""
+    context_depth: int | None = None
+    """Levels that such continuations may reach."""
+    context_min_match: int | None = None
+    """Tokens that must agree."""
+    context_max_match: int | None = None
+    """Tokens that are compared."""
     adaptive: bool | None = None
     """Draft less, or nothing, where it costs more than it yields (dynamic, chain)."""
 

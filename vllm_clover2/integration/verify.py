@@ -18,7 +18,7 @@ from vllm.logger import init_logger
 
 from vllm_clover2.integration.attention import TreeRows
 from vllm_clover2.tree.masks import depths_and_ancestors
-from vllm_clover2.tree.types import NO_TOKEN, TreeBatch
+from vllm_clover2.tree.types import NO_TOKEN, Source, TreeBatch
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -30,6 +30,7 @@ class Draft:
     num_tokens: int  # length of the request's text when it was proposed
     tokens: list[int]
     parents: np.ndarray  # [nodes] int32, row numbers (0 = root)
+    sources: np.ndarray  # [nodes] int8, who proposed each
     is_chain: bool  # every node is the only child of the row before it
 
 
@@ -48,16 +49,11 @@ class DraftStore:
         """Forget the request's draft, if any."""
         self._drafts.pop(request_id, None)
 
-    def scheduled(
-        self, request_id: str, num_tokens: int, tokens: list[int]
-    ) -> tuple[list[int], np.ndarray, bool]:
+    def scheduled(self, request_id: str, num_tokens: int, tokens: list[int]) -> Draft:
         """The draft that the scheduler's ``tokens`` stand for.
 
-        Returns:
-            Tokens, parents (row numbers), and whether it is a chain. An unknown draft
-            is read as a chain, which is exact for any tokens: a row is accepted only
-            if the target picks its token after the rows before it.
-
+        An unknown draft is read as a chain, which is exact for any tokens: a row is
+        accepted only if the target picks its token after the rows before it.
         """
         num_nodes = len(tokens)
         draft = self._drafts.get(request_id)
@@ -68,10 +64,17 @@ class DraftStore:
         ):
             if num_nodes < len(draft.tokens):
                 self.counts["trimmed by the scheduler"] += 1
-            return tokens, draft.parents[:num_nodes], draft.is_chain
+            return dataclasses.replace(
+                draft,
+                tokens=tokens,
+                parents=draft.parents[:num_nodes],
+                sources=draft.sources[:num_nodes],
+            )
         placeholders = tokens[0] == NO_TOKEN
         self.fell_back("placeholder draft" if placeholders else "unknown draft")
-        return tokens, np.arange(num_nodes, dtype=np.int32), True
+        unknown = np.full(num_nodes, Source.HEAD, dtype=np.int8)
+        parents = np.arange(num_nodes, dtype=np.int32)
+        return Draft(num_tokens, tokens, parents, unknown, is_chain=True)
 
     def fell_back(self, reason: str) -> None:
         """Count a request that gets less than a tree in a step; log the first one."""
@@ -93,6 +96,7 @@ class VerifyBatch:
     root_positions: np.ndarray  # [R] int32 position (and KV slot number) of each root
     root_query_rows: np.ndarray  # [R] int32 index of each root in the step's rows
     tree_requests: np.ndarray  # [T] requests whose rows branch
+    sources: np.ndarray  # [rows] int8 who proposed each node, roots: -1
     query_rows: int  # rows of the whole step, prompts included
     max_depth: int
 
@@ -104,20 +108,24 @@ class VerifyBatch:
     @classmethod
     def build(
         cls,
-        drafts: Sequence[tuple[list[int], np.ndarray, bool] | None],
+        drafts: Sequence[Draft | None],
         num_computed: np.ndarray,  # [R] tokens with KV before this step
         num_scheduled: np.ndarray,  # [R] rows of this step
     ) -> "VerifyBatch":
         """Lay the requests' drafts (None: only a root) out as flat arrays."""
-        counts = np.array([1 + len(d[0]) if d else 1 for d in drafts], dtype=np.int32)
+        counts = np.array(
+            [1 + len(d.tokens) if d else 1 for d in drafts], dtype=np.int32
+        )
         row_offsets = _offsets(counts)
         is_node = np.ones(row_offsets[-1], dtype=bool)
         is_node[row_offsets[:-1]] = False
         tokens = np.full(len(is_node), NO_TOKEN, dtype=np.int64)
         parents = np.full(len(is_node), -1, dtype=np.int32)
+        sources = np.full(len(is_node), -1, dtype=np.int8)
         if len(is_node) > len(drafts):
-            tokens[is_node] = np.concatenate([d[0] for d in drafts if d])
-            parents[is_node] = np.concatenate([d[1] for d in drafts if d])
+            tokens[is_node] = np.concatenate([d.tokens for d in drafts if d])
+            parents[is_node] = np.concatenate([d.parents for d in drafts if d])
+            sources[is_node] = np.concatenate([d.sources for d in drafts if d])
         offsets, rows = torch.from_numpy(row_offsets), torch.from_numpy(parents)
         depths, ancestors = depths_and_ancestors(rows, offsets, int(counts.max()))
         return cls(
@@ -125,7 +133,10 @@ class VerifyBatch:
             row_counts=counts,
             root_positions=(num_computed + num_scheduled - counts).astype(np.int32),
             root_query_rows=(np.cumsum(num_scheduled) - counts).astype(np.int32),
-            tree_requests=np.flatnonzero([d is not None and not d[2] for d in drafts]),
+            tree_requests=np.flatnonzero(
+                [d is not None and not d.is_chain for d in drafts]
+            ),
+            sources=sources,
             query_rows=int(num_scheduled.sum()),
             max_depth=int(depths.max()),
         )

@@ -10,12 +10,12 @@ import functools
 import logging
 import os
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from vllm_clover2.ops import reference, schema
 from vllm_clover2.ops.layout import KVLayout
+from vllm_clover2.tree.context import ContextNodes
 
 __all__ = [
     "ContextNodes",
@@ -175,21 +175,6 @@ def commit_kv(
     )
 
 
-class ContextNodes(NamedTuple):
-    """One trie per request, nodes in the order of their creation.
-
-    A parent stands before its children. Rows count the root: it is row 0, node i is
-    row i + 1.
-    """
-
-    tokens: torch.Tensor  # [R, max_nodes] int64, -1 padded
-    parents: torch.Tensor  # [R, max_nodes] int32, rows, 0 padded
-    depths: torch.Tensor  # [R, max_nodes] int32, from 1, 0 padded
-    matches: torch.Tensor  # [R, max_nodes] int32, longest match of a place, 0 padded
-    places: torch.Tensor  # [R, max_nodes] int32, places through the node, 0 padded
-    sizes: torch.Tensor  # [R] int32, nodes
-
-
 def context_nodes(
     history: torch.Tensor,  # [slots, width] int32, rows contiguous
     requests: torch.Tensor,  # [R] int32, rows of history
@@ -214,3 +199,8 @@ def context_nodes(
             max_nodes,
         )
     )  # fmt: skip
+
+
+def top_k_log_probs(logits, k):  # TEMPORARY
+    v, i = torch.log_softmax(logits, -1, dtype=torch.float32).topk(k, -1)
+    return v, i

@@ -13,10 +13,12 @@ from vllm_clover2.model import (
     RegressiveAttentionBlock,
 )
 from vllm_clover2.model.layers import MakeProduct, plain_product
+from vllm_clover2.ops import top_k_log_probs
 from vllm_clover2.train.config import TrainConfig
 from vllm_clover2.train.data import Batch, next_in_text
 from vllm_clover2.train.hidden import Target, TargetStates
 from vllm_clover2.train.losses import LossRows
+from vllm_clover2.tree import TopK
 
 __all__ = [
     "Clover2Replay",
@@ -83,6 +85,12 @@ class DraftVocabulary:
         """[..., H] -> [..., Vd] float32."""
         return torch.log_softmax(self._logits(out), dim=-1, dtype=torch.float32)
 
+    def _top_k(self, out: torch.Tensor, k: int) -> TopK:
+        """The k likeliest tokens, or all, after outputs [M, H]."""
+        logits = self._logits(out)
+        values, draft_ids = top_k_log_probs(logits, min(k, logits.shape[-1]))
+        return TopK(values, self.token_ids(draft_ids))
+
     def token_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
         return draft_ids if self._ids is None else self._ids[draft_ids]
 
@@ -110,6 +118,15 @@ class HeadDraft(DraftVocabulary):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         state, out = self._recurrent.advance(state, self._embeddings[tokens])
         return state, self._log_probs(out)
+
+    def first_top_k(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, TopK]:
+        return hidden, self._top_k(self._recurrent.first(hidden), k)
+
+    def advance_top_k(
+        self, state: torch.Tensor, tokens: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, TopK]:
+        state, out = self._recurrent.advance(state, self._embeddings[tokens])
+        return state, self._top_k(out, k)
 
 
 class Clover2Replay:

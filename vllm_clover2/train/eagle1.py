@@ -18,6 +18,7 @@ from vllm_clover2.train.config import TrainConfig
 from vllm_clover2.train.data import Batch, next_in_text
 from vllm_clover2.train.hidden import Target, TargetStates
 from vllm_clover2.train.losses import LossRows
+from vllm_clover2.tree import TopK
 
 __all__ = ["Eagle1Draft", "Eagle1Replay", "TrainableEagle1", "new_eagle1"]
 
@@ -113,10 +114,25 @@ class Eagle1Draft(DraftVocabulary):
         return hidden, self._log_probs(hidden)
 
     def advance(
+        self, state: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # one level wider, [M, Vd] float32
+        state, out = self._step(state, tokens)
+        return state, self._log_probs(out)
+
+    def first_top_k(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, TopK]:
+        return hidden, self._top_k(hidden, k)
+
+    def advance_top_k(
+        self, state: torch.Tensor, tokens: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, TopK]:
+        state, out = self._step(state, tokens)
+        return state, self._top_k(out, k)
+
+    def _step(
         self,
         state: torch.Tensor,  # [M, H + levels * 2 * KV * D] of the parents
         tokens: torch.Tensor,  # [M] int64, M / B rows of each request in order
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # one level wider, [M, Vd] float32
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # one level wider, features [M, H]
         requests, kv_heads, _, head_dim = self._keys.shape
         hidden = self._embeddings.shape[1]
         rows = len(tokens) // requests
@@ -138,7 +154,7 @@ class Eagle1Draft(DraftVocabulary):
         out = self._model(feature, embeddings, positions, cache).flatten(0, 1)
         own = [x[:, :, -rows:].transpose(1, 2) for x in (*cache.keys, *cache.values)]
         grown = torch.stack(own, dim=2).view(len(tokens), -1)  # [M, 2 * KV * D]
-        return torch.cat([out, state[:, hidden:], grown], 1), self._log_probs(out)
+        return torch.cat([out, state[:, hidden:], grown], 1), out
 
     def _mask(self, rows: int, levels: int) -> torch.Tensor:
         """[B, 1, rows, S + rows * levels + rows] bool: text, ancestors, itself."""

@@ -7,16 +7,15 @@ target is known to have produced there.  For greedy answers this is what serving
 does, step for step, up to rounding.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from vllm_clover2.ops import tree_accept
+from vllm_clover2.ops import context_nodes, tree_accept
 from vllm_clover2.records import write_json
 from vllm_clover2.train.architectures import Architecture, Replay, load_draft
 from vllm_clover2.train.config import EvaluateConfig
@@ -28,16 +27,8 @@ from vllm_clover2.train.data import (
     token_budget_batches,
 )
 from vllm_clover2.train.hidden import Target
-from vllm_clover2.tree import (
-    DynamicTree,
-    GrownTrees,
-    TreeBatch,
-    chain,
-    grow_dynamic,
-    grow_static,
-    paper_tree,
-)
-from vllm_clover2.tree.growth import Draft
+from vllm_clover2.train.reliability import Reliability, draw
+from vllm_clover2.tree import GrownTrees, TreeBatch, TreeGrower, TreeOptions
 
 __all__ = ["ReplayResult", "evaluate", "evaluate_head", "parse_tree", "summarise"]
 
@@ -45,26 +36,47 @@ __all__ = ["ReplayResult", "evaluate", "evaluate_head", "parse_tree", "summarise
 _NO_TARGET = -2
 
 
-Grow = Callable[[Draft, torch.Tensor], GrownTrees]
+CONTEXT = "+context"
+"""Suffix of the name of a tree that the request's own text is a source of."""
 
 
-def parse_tree(name: str) -> tuple[Grow, int]:
-    """How `chain:DEPTH`, `paper` or `dynamic:NODES[:DEPTH]` grows, and its depth."""
-    kind, *numbers = name.split(":")
+def parse_tree(name: str) -> TreeOptions:
+    """The options of `chain:DEPTH`, `paper`, `dynamic:NODES[:DEPTH]`.
+
+    With the suffix `+context` the request's own text is a source too (not for `paper`,
+    whose shape is fixed); `context:NODES` has no other.
+    """
+    kind, *numbers = name.removesuffix(CONTEXT).split(":")
+    options: dict[str, Any] = {"context": name.endswith(CONTEXT), "adaptive": False}
     try:
         values = [int(number) for number in numbers]
         if kind == "chain" and len(values) == 1:
-            shape = chain(values[0])
-            return partial(grow_static, shape=shape), shape.depth
-        if kind == "paper" and not values:
-            return partial(grow_static, shape=paper_tree()), paper_tree().depth
+            return TreeOptions(
+                tree="chain", num_speculative_tokens=values[0], **options
+            )
+        if kind == "paper" and not values and not options["context"]:
+            return TreeOptions(tree="static", **options)
         if kind == "dynamic" and len(values) in (1, 2):
-            tree = DynamicTree(values[0], depth=values[1] if len(values) > 1 else 5)
-            return partial(grow_dynamic, tree=tree), tree.depth
+            depth = {"depth": values[1]} if len(values) > 1 else {}
+            return TreeOptions(num_speculative_tokens=values[0], **depth, **options)
     except ValueError as error:
         raise ValueError(f"tree {name!r} is not valid: {error}") from error
     raise ValueError(
-        f"a tree is chain:DEPTH, paper or dynamic:NODES[:DEPTH], found {name!r}"
+        "a tree is chain:DEPTH[+context], paper, or dynamic:NODES[:DEPTH][+context], "
+        f"found {name!r}"
+    )
+
+
+# An answer loops if this many tokens at its end repeat with a period of at most half.
+_LOOP_TOKENS = 64
+
+
+def loops(answer: np.ndarray) -> bool:
+    """Whether an answer [n] ends in a loop, which greedy small models often do."""
+    end = answer[-_LOOP_TOKENS:]
+    periods = range(1, _LOOP_TOKENS // 2 + 1)
+    return len(end) == _LOOP_TOKENS and any(
+        np.array_equal(end[p:], end[:-p]) for p in periods
     )
 
 
@@ -86,83 +98,126 @@ class ReplayResult:
         )
 
     def summary(self) -> dict[str, object]:
+        by_depth = np.trim_zeros(self.reached, "b") / self.steps
         return {
             "tokens_per_step": round(self.emitted / self.steps, 4),
             "accepted_per_step": round(float(self.reached.sum()) / self.steps, 4),
-            "acceptance_by_depth": [
-                round(float(share), 4) for share in self.reached / self.steps
-            ],
+            "acceptance_by_depth": [round(float(share), 4) for share in by_depth],
             "nodes_per_step": round(self.nodes / self.steps, 2),
             "steps": self.steps,
         }
 
 
+def _total(results: Iterable[ReplayResult]) -> ReplayResult | None:
+    """All results as one, leaving out answers without a step."""
+    total: ReplayResult | None = None
+    for result in results:
+        # A single token, which the prefill gave, takes no step.
+        if result.steps:
+            total = total.merge(result) if total else result
+    return total
+
+
 def summarise(results: Iterable[tuple[str, ReplayResult]]) -> dict[str, object]:
     """(task, result) of every answer -> the figures of one tree."""
-    totals: dict[str, ReplayResult] = {}
-    overall: ReplayResult | None = None
-    for task, result in results:
-        if not result.steps:
-            continue  # a single token, which the prefill gave
-        totals[task] = totals[task].merge(result) if task in totals else result
-        overall = overall.merge(result) if overall else result
+    results = list(results)
+    overall = _total(result for _, result in results)
     if overall is None:
         raise ValueError(
             "an answer must have two tokens or more for a step to be counted, found "
             "none; give longer recorded answers"
         )
-    by_task = {
-        task: result.summary()["tokens_per_step"]
-        for task, result in sorted(totals.items())
-    }
+    by_task = {}
+    for task in sorted({task for task, _ in results}):
+        total = _total(result for of, result in results if of == task)
+        if total is not None:
+            by_task[task] = total.summary()["tokens_per_step"]
     return {**overall.summary(), "by_task": by_task}
 
 
-@torch.inference_mode()
-def _replay(
-    batch: Batch,
-    prompt_lens: torch.Tensor,  # [B] int64
-    drafts: Replay,
-    grow: Grow,
-    depth: int,
-) -> list[ReplayResult]:
-    """Replay all answers of a batch in lockstep; one result per answer."""
-    device = prompt_lens.device
-    num_answers = len(batch.lengths)
-    lengths = torch.tensor(batch.lengths, device=device)
-    # Known tokens, and "no target" for everything past an answer's end.
-    tokens = batch.input_ids.to(device).split(batch.lengths)
-    known = pad_sequence(tokens, batch_first=True, padding_value=_NO_TARGET)
-    known = torch.nn.functional.pad(known, (0, depth + 2), value=_NO_TARGET)
-    steps = np.zeros(num_answers, dtype=np.int64)
-    nodes = np.zeros(num_answers, dtype=np.int64)
-    reached = np.zeros((num_answers, depth), dtype=np.int64)
-    emitted = np.zeros(num_answers, dtype=np.int64)
-    # The root: the last committed token.  The first one comes from the prefill.
-    root = prompt_lens.clone()
-    while True:
-        active = (root < lengths - 1).nonzero()[:, 0]
-        if not len(active):
-            break
-        grown = grow(*drafts.at(active, root[active]))
+class _Lockstep:
+    """All answers of a batch, replayed together a step at a time."""
+
+    def __init__(self, batch: Batch, prompt_lens: torch.Tensor, depth: int) -> None:
+        device = prompt_lens.device
+        self.depth = depth
+        self._lengths = torch.tensor(batch.lengths, device=device)
+        # Known tokens, and "no target" for everything past an answer's end.
+        tokens = batch.input_ids.to(device).split(batch.lengths)
+        known = pad_sequence(tokens, batch_first=True, padding_value=_NO_TARGET)
+        self._known = torch.nn.functional.pad(known, (0, depth + 2), value=_NO_TARGET)
+        self._history = self._known.int()
+        # The root: the last committed token.  The first one comes from the prefill.
+        self._root = prompt_lens.clone()
+        count = len(batch.lengths)
+        self._steps, self._nodes, self._emitted = np.zeros((3, count), dtype=np.int64)
+        self._reached = np.zeros((count, depth), dtype=np.int64)
+
+    @torch.inference_mode()
+    def run(
+        self, drafts: Replay, grower: TreeGrower, reliability: Reliability
+    ) -> list[ReplayResult]:
+        """One result per answer."""
+        limits = grower.options.context_limits()
+        while len(active := (self._root < self._lengths - 1).nonzero()[:, 0]):
+            context = None
+            if limits is not None:
+                lengths = self._root[active].int() + 1
+                nodes = context_nodes(self._history, active.int(), lengths, *limits)
+                context = grower.calibration.judge(nodes)
+            root = self._root[active]
+            trees, walk, *_ = grower.grow(*drafts.at(active, root), context)
+            paths, accepted = self._verify(active, trees, reliability)
+            if walk is not None:
+                ahead = torch.arange(1, paths.shape[1] + 2, device=root.device)
+                emitted = self._known[active[:, None], root[:, None] + ahead]
+                beyond = ahead > accepted[:, None] + 1
+                grower.calibration.observe(walk, emitted.masked_fill(beyond, -1))
+        return [
+            ReplayResult(*map(int, counts), reached=reached, nodes=int(nodes))
+            for *counts, nodes, reached in zip(
+                self._steps, self._emitted, self._nodes, self._reached
+            )
+        ]
+
+    def _verify(
+        self, active: torch.Tensor, grown: GrownTrees, reliability: Reliability
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Accept what the answers go on with; returns paths and their lengths."""
         trees = TreeBatch.from_padded(grown.tokens, grown.parents, grown.sizes)
+        root = self._root
         owner = torch.repeat_interleave(active, trees.row_offsets.diff().long())
-        after = known[owner, root[owner] + 1 + trees.depths.long()]
-        _, accepted, _ = tree_accept(
-            after, trees.tokens, trees.parents, trees.row_offsets, depth
+        after = self._known[owner, root[owner] + 1 + trees.depths.long()]
+        paths, accepted, _ = tree_accept(
+            after, trees.tokens, trees.parents, trees.row_offsets, self.depth
         )
+        _judge(grown, paths, reliability)
         rows = active.cpu().numpy()
         taken = accepted.cpu().numpy()
-        steps[rows] += 1
-        nodes[rows] += grown.sizes.cpu().numpy()
-        reached[rows] += np.arange(depth) < taken[:, None]
-        left = (lengths - 1 - root)[active].cpu().numpy()
-        emitted[rows] += np.minimum(taken + 1, left)
-        root[active] += accepted.long() + 1
-    return [
-        ReplayResult(int(steps[i]), int(emitted[i]), reached[i], int(nodes[i]))
-        for i in range(num_answers)
-    ]
+        self._steps[rows] += 1
+        self._nodes[rows] += grown.sizes.cpu().numpy()
+        self._reached[rows] += np.arange(self.depth) < taken[:, None]
+        left = (self._lengths - 1 - root)[active].cpu().numpy()
+        self._emitted[rows] += np.minimum(taken + 1, left)
+        self._root[active] += accepted.long() + 1
+        return paths, accepted
+
+
+def _judge(
+    grown: GrownTrees,
+    paths: torch.Tensor,  # [B, depth] int32 accepted rows, -1 padded
+    reliability: Reliability,
+) -> None:
+    """Count the nodes by what was predicted of them and what became of them."""
+    rows = torch.arange(grown.tokens.shape[1], device=paths.device)
+    drafted = rows < grown.sizes[:, None]
+    accepted = torch.zeros_like(torch.nn.functional.pad(drafted, (1, 0)))
+    accepted.scatter_(1, paths.long().clamp(min=0), True)
+    reliability.add(
+        grown.joint[drafted].exp().cpu().numpy(),
+        grown.sources[drafted].cpu().numpy(),
+        accepted[:, 1:][drafted].cpu().numpy(),
+    )
 
 
 @torch.inference_mode()
@@ -175,23 +230,51 @@ def evaluate_head(
     trees: Sequence[str],
     max_tokens: int = 16384,
 ) -> dict[str, dict[str, object]]:
-    """Tokens per step and acceptance by depth of each tree, overall and by task."""
-    grows = {name: parse_tree(name) for name in trees}
+    """The figures of each tree: overall, by task, by source, without looping answers.
+
+    `loop_free` leaves out answers whose last 64 tokens repeat with a period of at most
+    32: their text is easy for context nodes, and nobody wants it.
+    """
+    options = {name: parse_tree(name) for name in trees}
+    device = target.lm_head.device
+    growers = {name: TreeGrower(one) for name, one in options.items()}
+    judged = {name: Reliability() for name in trees}
     results: dict[str, list[tuple[str, ReplayResult]]] = {name: [] for name in trees}
+    in_loop: list[bool] = []
     for chosen in token_budget_batches(answers.lengths, indices, max_tokens, None):
         batch = pack(answers, chosen)
         drafts = architecture.replay(model, target, target.states(batch), batch)
-        prompt_lens = torch.from_numpy(answers.prompt_lens[chosen])
-        prompt_lens = prompt_lens.to(target.lm_head.device)
+        prompt_lens = torch.from_numpy(answers.prompt_lens[chosen]).to(device)
         tasks = [answers.tasks[index] for index in chosen]
-        for name, (grow, depth) in grows.items():
-            replayed = _replay(batch, prompt_lens, drafts, grow, depth)
+        in_loop += [
+            loops(answers.answer(index)[answers.prompt_lens[index] :])
+            for index in chosen
+        ]
+        for name, grower in growers.items():
+            steps = _Lockstep(batch, prompt_lens, options[name].max_depth)
+            replayed = steps.run(drafts, grower, judged[name])
             results[name].extend(zip(tasks, replayed, strict=True))
-    return {name: summarise(found) for name, found in results.items()}
+    return {name: _report(results[name], in_loop, judged[name]) for name in results}
+
+
+def _report(
+    results: list[tuple[str, ReplayResult]],
+    in_loop: list[bool],
+    reliability: Reliability,
+) -> dict[str, object]:
+    report = summarise(results)
+    loop_free = [one for one, looping in zip(results, in_loop) if not looping]
+    total = _total(result for _, result in loop_free)
+    report["loop_free"] = total and {"answers": len(loop_free), **total.summary()}
+    report["sources"] = reliability.summary()
+    return report
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:
-    """The `vllm-clover2 evaluate` command; the result is also written as JSON."""
+    """The `vllm-clover2 evaluate` command; the result is also written as JSON.
+
+    Beside the JSON file a plot with its name shows predicted against accepted.
+    """
     if config.threads:
         torch.set_num_threads(config.threads)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -215,4 +298,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:
     if config.output is not None:
         config.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(config.output, result)
+        sources = {name: one["sources"] for name, one in result.items()}
+        draw(sources, config.output.with_suffix(".png"))
     return result

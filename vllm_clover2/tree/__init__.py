@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trees of drafted tokens as plain data: shapes, growth, masks, walk."""
 
+from vllm_clover2.tree.context import Calibration, ContextLimits, ContextNodes
+from vllm_clover2.tree.grower import Growth, TreeGrower
 from vllm_clover2.tree.growth import Draft, DynamicTree, grow_dynamic, grow_static
 from vllm_clover2.tree.masks import depths_and_ancestors
 from vllm_clover2.tree.options import TreeOptions
@@ -9,6 +11,8 @@ from vllm_clover2.tree.types import (
     MAX_NODES,
     MAX_ROWS,
     GrownTrees,
+    Source,
+    TopK,
     TreeBatch,
     check_parents,
 )
@@ -17,10 +21,17 @@ from vllm_clover2.tree.walk import first_matching_child, request_of_row
 __all__ = [
     "MAX_NODES",
     "MAX_ROWS",
+    "Calibration",
+    "ContextLimits",
+    "ContextNodes",
     "Draft",
     "DynamicTree",
     "GrownTrees",
+    "Growth",
+    "Source",
+    "TopK",
     "TreeBatch",
+    "TreeGrower",
     "TreeOptions",
     "TreeShape",
     "chain",

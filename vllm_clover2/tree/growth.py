@@ -8,43 +8,45 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from vllm_clover2.tree.candidates import CandidatePool, Frontier
+from vllm_clover2.tree.context import ContextCandidates
 from vllm_clover2.tree.shapes import TreeShape
-from vllm_clover2.tree.types import NO_TOKEN, GrownTrees
+from vllm_clover2.tree.types import GrownTrees, Source, TopK
 
 
 class Draft(Protocol):
     """What growing needs of a draft model; it touches no KV cache."""
 
-    def first(
+    def first_top_k(
         self,
         hidden: torch.Tensor,  # [B, H]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """State [B, H] at the root and log-probabilities [B, Vd] below it."""
+        k: int,
+    ) -> tuple[torch.Tensor, TopK]:
+        """State [B, H] at the root and the k likeliest children below it."""
 
-    def advance(
+    def advance_top_k(
         self,
         state: torch.Tensor,  # [M, H] of the nodes' parents
         tokens: torch.Tensor,  # [M] int64, the nodes' tokens, target vocabulary
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """State [M, H] at the nodes and log-probabilities [M, Vd] below them."""
-
-    def token_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
-        """Target-vocabulary ids of draft-vocabulary ids."""
+        k: int,
+    ) -> tuple[torch.Tensor, TopK]:
+        """State [M, H] at the nodes and the k likeliest children below each."""
 
 
 @dataclass(frozen=True)
 class DynamicTree:
-    """Limits of a tree that is shaped by the draft's own probabilities."""
+    """Limits of a tree that is shaped by its candidates' probabilities."""
 
     num_nodes: int  # kept after growing: the best by joint probability
     top_k: int = 8  # children tried per node, and nodes expanded per level
-    depth: int = 5
+    depth: int = 5  # levels that the draft is asked for
     top_p: float = 1.0
     # Clover-1 against flat tails: at 0.25, 0.6 / 0.1 / 0.1 / 0.1 keeps one child.
     min_ratio: float = 0.0
-    # Give no children to nodes of a joint probability below ``min_expanded``, nor to a
-    # level whose other nodes hold less than ``min_level_mass``, all requests together.
-    # Looking waits for the device; with 0 for both nothing is looked at.
+    # Do not ask about nodes below which a draft can add less than ``min_expanded``
+    # joint probability, nor about a level whose other nodes leave it less than
+    # ``min_level_mass``, all requests together. Looking waits for the device; with 0
+    # for both nothing is looked at.
     min_expanded: float = 0.0
     min_level_mass: float = 0.0
 
@@ -60,35 +62,24 @@ class DynamicTree:
         return dataclasses.replace(self, top_k=top_k, min_expanded=min_expanded)
 
 
-class _Children(NamedTuple):
-    """The children of M nodes, likeliest first."""
-
-    tokens: torch.Tensor  # [M, k] int64, target vocabulary
-    log_probs: torch.Tensor  # [M, k]
-
-
-def _likeliest(draft: Draft, log_probs: torch.Tensor, count: int) -> _Children:
-    """The ``count`` likeliest children of every node; log_probs [M, Vd]."""
-    # A draft that diverged proposes nothing: NaN would be taken for the likeliest.
-    log_probs = log_probs.masked_fill(log_probs.isnan(), -torch.inf)
-    values, draft_ids = log_probs.topk(min(count, log_probs.shape[-1]), dim=-1)
-    # Rounding may lift log(1) above 0, and then a child above its parent.
-    return _Children(draft.token_ids(draft_ids), values.float().clamp(max=0.0))
-
-
-def _apply_token_rule(children: _Children, tree: DynamicTree) -> torch.Tensor:
-    """Log-probabilities [M, k], -inf for children that are not worth a node.
+def _kept_children(children: TopK, tree: DynamicTree) -> TopK:
+    """The children with -inf for those that are not worth a node.
 
     Kept is a child while the likelier ones hold less than top_p together, if it also
-    has at least ``min_ratio`` of the first one's probability. The first always stays.
+    has at least ``min_ratio`` of the first one's probability. The first always stays,
+    unless it is none: a draft that diverges to NaN proposes nothing.
     """
-    probs = children.log_probs.exp()
-    likelier = probs.cumsum(dim=-1) - probs
-    keep = probs >= tree.min_ratio * probs[:, :1]
-    if tree.top_p < 1.0:
-        keep &= likelier < tree.top_p
-    keep[:, 0] = True
-    return children.log_probs.masked_fill(~keep, -torch.inf)
+    # Rounding may lift log(1) above 0, and then a child above its parent.
+    log_probs = children.values.nan_to_num(-torch.inf, neginf=-torch.inf).clamp(max=0.0)
+    if tree.top_p < 1.0 or tree.min_ratio > 0.0:
+        probs = log_probs.exp()
+        likelier = probs.cumsum(dim=-1) - probs
+        keep = probs >= tree.min_ratio * probs[..., :1]
+        if tree.top_p < 1.0:
+            keep &= likelier < tree.top_p
+        keep[..., 0] = True
+        log_probs = log_probs.masked_fill(~keep, -torch.inf)
+    return TopK(log_probs, children.tokens)
 
 
 def grow_dynamic(
@@ -96,130 +87,96 @@ def grow_dynamic(
     hidden: torch.Tensor,  # [B, H] draft hidden state at the root
     tree: DynamicTree,
 ) -> GrownTrees:
-    """The ``num_nodes`` likeliest nodes of trees grown to ``depth``.
+    """Trees of the draft alone: the ``num_nodes`` likeliest nodes of ``depth`` levels.
 
-    Every level expands its ``top_k`` likeliest nodes. Order: falling joint
-    probability, ties by level and rank. A child is never likelier than its parent, so
-    parents come first and every prefix is the best tree of its size.
+    Order: falling joint probability, ties by level and rank. A child is never likelier
+    than its parent, so parents come first and every prefix is the best tree of its
+    size.
     """
-    requests = hidden.shape[0]
-    state, log_probs = draft.first(hidden)
-    children = _likeliest(draft, log_probs, tree.top_k)
-    width = children.tokens.shape[1]
-    # All candidates so far, level by level: a growing list of [B, candidates].
-    tokens = [children.tokens]
-    joint = [_apply_token_rule(children, tree)]
-    parents = [torch.full_like(children.tokens, -1)]  # index of the parent candidate
+    pool = CandidatePool(ContextCandidates.none(len(hidden), hidden.device))
+    ask_draft(pool, draft, hidden, tree)
+    return pool.best(tree.num_nodes)
 
-    frontier = torch.arange(width, device=hidden.device).expand(requests, width)
-    state = state[:, None].expand(-1, width, -1)
-    base = 0  # candidates above this level
-    for _ in range(1, tree.depth):
-        above = joint[-1].gather(1, frontier)
-        expanded = _worth_expanding(above.flatten(), tree)
-        if expanded is None:
+
+def ask_draft(
+    pool: CandidatePool,
+    draft: Draft,
+    hidden: torch.Tensor,  # [B, H] draft hidden state at the root
+    tree: DynamicTree,
+    ask: torch.Tensor | None = None,  # [B] bool, whom to ask for; default: all
+) -> tuple[int, int]:
+    """Adds the draft's candidates to a pool that may hold some of the text's own.
+
+    Every level asks about its ``top_k`` likeliest nodes, whichever source they are
+    from, as far as the draft can still add something there.
+
+    Returns:
+        Levels that were grown, and nodes that the draft was asked about.
+
+    """
+    frontier = pool.roots()
+    if ask is not None:
+        frontier = frontier._replace(open=frontier.open * ask[:, None])
+    levels = nodes = 0
+    state = hidden[:, None]
+    for level in range(tree.depth):
+        asked = _worth_asking(frontier.open.flatten(), tree)
+        if asked is None:
             break
-        grown, below, child_tokens = (
-            rows.unflatten(0, above.shape)
-            for rows in _expand(
-                draft,
-                tree,
-                state.flatten(0, 1),
-                tokens[-1].gather(1, frontier).flatten(),
-                expanded,
+        if level == 0:
+            grown, children = draft.first_top_k(hidden[asked], tree.top_k)
+        else:
+            above = frontier.parents[:, :, None].expand(-1, -1, state.shape[-1])
+            above = state.gather(1, above).flatten(0, 1)
+            grown, children = draft.advance_top_k(
+                above[asked], frontier.tokens.flatten()[asked], tree.top_k
             )
+        state, children, was_asked = _in_place(
+            grown, _kept_children(children, tree), asked, frontier
         )
-        parents.append((frontier + base).repeat_interleave(width, dim=1))
-        base += joint[-1].shape[1]
-        joint.append((above[:, :, None] + below).flatten(1))
-        tokens.append(child_tokens.flatten(1))
-        # The next level's frontier, and for each the row of ``grown`` it grew from.
-        frontier = joint[-1].topk(width, dim=1).indices
-        row = (frontier // width)[:, :, None].expand(-1, -1, grown.shape[-1])
-        state = grown.gather(1, row)
-    return _best(torch.cat(tokens, 1), torch.cat(joint, 1), torch.cat(parents, 1), tree)
+        levels, nodes = levels + 1, nodes + len(grown)
+        frontier = pool.add(frontier, children, was_asked, tree.top_k)
+    return levels, nodes
 
 
-def _worth_expanding(
-    joint: torch.Tensor,  # [M] log-probabilities of a level's nodes
+def _worth_asking(
+    open_: torch.Tensor,  # [M] joint probability that the draft can add below a node
     tree: DynamicTree,
 ) -> torch.Tensor | slice | None:
-    """Index of the nodes that get children; None if the level gets none."""
+    """Index of the nodes that the draft is asked about; None if it is not worth it."""
     if not tree.min_expanded and not tree.min_level_mass:
         return slice(None)
-    probs = joint.exp()
-    expanded = (probs >= tree.min_expanded).nonzero()[:, 0]
-    if not len(expanded) or float(probs[expanded].sum()) < tree.min_level_mass:
+    asked = (open_ >= tree.min_expanded).nonzero()[:, 0]
+    if not len(asked) or float(open_[asked].sum()) < tree.min_level_mass:
         return None
-    return expanded
+    return slice(None) if len(asked) == len(open_) else asked
 
 
-def _expand(
-    draft: Draft,
-    tree: DynamicTree,
-    state: torch.Tensor,  # [M, H] of the nodes' parents
-    tokens: torch.Tensor,  # [M] of the nodes
-    expanded: torch.Tensor | slice,  # those that get children
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """State [M, H] at the nodes; their children's log-probabilities and tokens [M, k].
+def _in_place(
+    state: torch.Tensor,  # [A, H] of the nodes that were asked about
+    children: TopK,  # [A, k]
+    asked: torch.Tensor | slice,  # their places in the frontier, flat
+    frontier: Frontier,
+) -> tuple[torch.Tensor, TopK, torch.Tensor]:
+    """States [B, F, H] and children [B, F, k] of the whole frontier, and who was asked.
 
-    Children of a node that is not expanded have log-probability -inf.
+    The others get no children and a state of zeros.
     """
-    nodes = len(state)
-    state, log_probs = draft.advance(state[expanded], tokens[expanded])
-    children = _likeliest(draft, log_probs, tree.top_k)
+    shape = frontier.rows.shape
 
-    def in_place(rows: torch.Tensor, other: float) -> torch.Tensor:
-        if len(rows) == nodes:
-            return rows
-        everywhere = rows.new_full((nodes, rows.shape[1]), other)
-        everywhere[expanded] = rows
-        return everywhere
+    def everywhere(rows: torch.Tensor, other: float) -> torch.Tensor:
+        if isinstance(asked, slice):
+            return rows.unflatten(0, shape)
+        full = rows.new_full((shape.numel(), *rows.shape[1:]), other)
+        full[asked] = rows
+        return full.unflatten(0, shape)
 
+    was_asked = torch.ones(len(state), dtype=torch.bool, device=state.device)
     return (
-        in_place(state, 0.0),
-        in_place(_apply_token_rule(children, tree), -torch.inf),
-        in_place(children.tokens, NO_TOKEN),
+        everywhere(state, 0.0),
+        TopK(everywhere(children.values, -torch.inf), everywhere(children.tokens, 0)),
+        everywhere(was_asked, False),
     )
-
-
-def _best(
-    tokens: torch.Tensor,  # [B, C] int64, level by level
-    joint: torch.Tensor,  # [B, C] float32, -inf: not a node
-    parents: torch.Tensor,  # [B, C] int64, index of the parent candidate, -1: root
-    tree: DynamicTree,
-) -> GrownTrees:
-    """The best nodes; parents become row numbers."""
-    requests, candidates = joint.shape
-    count = min(tree.num_nodes, candidates)
-    # Stable: of equal nodes the one nearer to the root stays first, so a child with
-    # probability 1 follows its parent.
-    joint, order = joint.sort(dim=1, descending=True, stable=True)
-    row_of = torch.empty_like(order)
-    rows = torch.arange(1, candidates + 1, device=order.device)
-    row_of.scatter_(1, order, rows.expand(requests, -1))
-    row_of = torch.nn.functional.pad(row_of, (1, 0))  # index 0: the root, row 0
-
-    joint, order = joint[:, :count], order[:, :count]
-    valid = joint > -torch.inf
-    parents = row_of.gather(1, parents.gather(1, order) + 1).masked_fill(~valid, 0)
-    tokens = tokens.gather(1, order).masked_fill(~valid, NO_TOKEN)
-    depths = _depths(parents, tree.depth).masked_fill(~valid, 0)
-    return GrownTrees(
-        tokens, parents.int(), depths.int(), joint, valid.sum(1, dtype=torch.int32)
-    )
-
-
-def _depths(
-    parents: torch.Tensor,  # [B, N] int64, row numbers
-    max_depth: int,
-) -> torch.Tensor:
-    """Depths [B, N] int64: each round lets every node look one level further up."""
-    depths = torch.ones_like(parents)
-    for _ in range(1, max_depth):
-        with_root = torch.nn.functional.pad(depths, (1, 0))
-        depths = with_root.gather(1, parents) + 1
-    return depths
 
 
 class _Level(NamedTuple):
@@ -280,31 +237,35 @@ def grow_static(
     requests, device = hidden.shape[0], hidden.device
     tokens: list[torch.Tensor] = []
     joint: list[torch.Tensor] = []
-    state, log_probs = draft.first(hidden)
-    above = log_probs.new_zeros((requests, 1), dtype=torch.float32)
+    state = hidden
+    above = hidden.new_zeros((requests, 1), dtype=torch.float32)
     rows = 1  # of every request, in ``state``
     for level in _levels(shape, device):
         if tokens:
             states = state.view(requests, rows, state.shape[-1])[:, level.source]
-            state, log_probs = draft.advance(
-                states.flatten(0, 1), tokens[-1][:, level.grown].flatten()
+            state, children = draft.advance_top_k(
+                states.flatten(0, 1),
+                tokens[-1][:, level.grown].flatten(),
+                level.top_k,
             )
             above = joint[-1][:, level.grown]
             rows = len(level.grown)
-        children = _likeliest(draft, log_probs, level.top_k)
+        else:
+            state, children = draft.first_top_k(hidden, level.top_k)
         pick = level.row * level.top_k + level.rank
         all_children = (requests, rows * level.top_k)
         tokens.append(children.tokens.view(all_children)[:, pick])
-        below = children.log_probs.view(all_children)[:, pick]
+        below = children.values.view(all_children)[:, pick]
         joint.append(above[:, level.row] + below)
     parents, depths = _static_rows(shape, device)
-    all_joint = torch.cat(joint, dim=1)
-    # A tree ends before its first node without a score.
-    sizes = (all_joint > -torch.inf).cumprod(dim=1).sum(dim=1, dtype=torch.int32)
+    all_tokens, all_joint = torch.cat(tokens, dim=1), torch.cat(joint, dim=1)
+    # A draft that diverges to NaN ends the tree: what comes before still counts.
+    usable = (all_joint > -torch.inf).cumprod(dim=1)
     return GrownTrees(
-        torch.cat(tokens, dim=1),
+        all_tokens,
         parents.expand(requests, -1),
         depths.expand(requests, -1),
         all_joint,
-        sizes,
+        usable.sum(dim=1, dtype=torch.int32),
+        torch.full_like(all_tokens, Source.HEAD, dtype=torch.int8),
     )

@@ -6,6 +6,7 @@ from typing import Literal, Self
 import pydantic
 
 from vllm_clover2.tree import shapes
+from vllm_clover2.tree.context import ContextLimits
 from vllm_clover2.tree.growth import DynamicTree
 from vllm_clover2.tree.types import MAX_NODES
 
@@ -32,11 +33,24 @@ class TreeOptions(pydantic.BaseModel):
     # they yield (see tree.budget). Off: always num_speculative_tokens, if the tree has
     # as many.
     adaptive: bool = True
+    # Dynamic trees and chains: continuations of earlier occurrences of the text's last
+    # tokens, in the same request, are candidates too.
+    context: bool = True
+    # Levels that such continuations may reach below the root.
+    context_depth: int = pydantic.Field(16, ge=1, le=MAX_NODES)
+    # Tokens that must agree, and that are compared at most.
+    context_min_match: int = pydantic.Field(1, ge=1, le=64)
+    context_max_match: int = pydantic.Field(16, ge=1, le=64)
 
     @pydantic.model_validator(mode="after")
     def _check_size(self) -> Self:
         """A tree of the wanted size must exist."""
-        if self.tree == "dynamic":
+        if self.context_min_match > self.context_max_match:
+            raise ValueError(
+                f"context_min_match must not exceed context_max_match "
+                f"({self.context_max_match}), found {self.context_min_match}"
+            )
+        if self.tree == "dynamic" and not self.context:
             candidates = self.top_k + (self.depth - 1) * self.top_k**2
             if self.num_nodes > candidates:
                 raise ValueError(
@@ -67,7 +81,19 @@ class TreeOptions(pydantic.BaseModel):
         """Levels of the deepest tree."""
         if self.has_fixed_shape:
             return self.static_shape().depth
-        return self.dynamic_tree().depth
+        if self.tree == "chain" or self.context_limits() is None:
+            return self.dynamic_tree().depth
+        return min(self.num_nodes, max(self.depth, self.context_depth))
+
+    def context_limits(self) -> ContextLimits | None:
+        """What of its own text a request is offered; None: nothing."""
+        if self.has_fixed_shape or not self.context:
+            return None
+        return ContextLimits(
+            min_match=self.context_min_match,
+            max_match=self.context_max_match,
+            max_depth=self.context_depth,
+        )
 
     def static_shape(self) -> shapes.TreeShape:
         """The static tree, cut to ``num_speculative_tokens`` nodes."""

@@ -7,6 +7,7 @@ so every prefix of the rows is a tree.
 """
 
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,14 @@ MAX_NODES = MAX_ROWS - 1
 NO_TOKEN = -1
 
 
+class Source(IntEnum):
+    """Who proposed a node."""
+
+    HEAD = 0
+    CONTEXT = 1  # the request's own text
+    BOTH = 2
+
+
 class GrownTrees(NamedTuple):
     """Freshly drafted trees of B requests, padded to N nodes; node i is row i + 1."""
 
@@ -27,13 +36,21 @@ class GrownTrees(NamedTuple):
     depths: torch.Tensor  # [B, N] int32, from 1
     joint: torch.Tensor  # [B, N] float32, log-probability of the path
     sizes: torch.Tensor  # [B] int32, valid nodes; the rest is padding
+    sources: torch.Tensor  # [B, N] int8, see Source
 
     @classmethod
     def empty(cls, requests: int, device: torch.device) -> "GrownTrees":
         """Trees without nodes."""
         none = torch.empty((requests, 0), dtype=torch.int64, device=device)
         sizes = torch.zeros(requests, dtype=torch.int32, device=device)
-        return cls(none, none.int(), none.int(), none.float(), sizes)
+        return cls(none, none.int(), none.int(), none.float(), sizes, none.char())
+
+
+class TopK(NamedTuple):
+    """The likeliest children of M nodes, likeliest first."""
+
+    values: torch.Tensor  # [M, k] float32 log-probabilities, at most 0
+    tokens: torch.Tensor  # [M, k] int64, target vocabulary
 
 
 @dataclass(frozen=True)

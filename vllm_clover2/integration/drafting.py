@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is drafted at the end of a step: for whom, from which sources, how much.
+
+The steps, for all requests of a batch at once: note the committed rows, learn from
+how the texts went on, look into each text for what it may repeat, decide whom to ask
+the head for, write the draft's KV of those, grow, and cut the trees to what pays.
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.distributed.parallel_state import get_tp_group
+
+from vllm_clover2 import ops
+from vllm_clover2.integration.backlog import CommittedRows, HiddenBacklog
+from vllm_clover2.integration.proposer import Clover2Proposer
+from vllm_clover2.tree.chooser import Chooser, Plan
+from vllm_clover2.tree.context import ContextCandidates, ContextWalk
+from vllm_clover2.tree.grower import Growth, TreeGrower
+from vllm_clover2.tree.step_cost import StepCost, Work
+from vllm_clover2.tree.types import GrownTrees
+
+_MAX_WAITING_ROWS = 8192
+"""Rows without draft KV that are remembered: 9 MB for SmolLM2-135M in bfloat16."""
+
+
+@dataclass(frozen=True)
+class FinishedStep:
+    """What a target pass left behind."""
+
+    requests: list[str]  # [num_reqs] ids in batch order
+    drafted: list[int]  # [B] batch indices of those that continue and may be drafted
+    emitted: list[list[int]]  # [num_reqs] tokens that the step gave each
+    token_ids: torch.Tensor  # [slots, width] int32 on the host, all texts
+    lengths: np.ndarray  # [num_reqs] int32 tokens of each text
+    committed: CommittedRows
+    block_table: np.ndarray  # [num_reqs, max_blocks] int32
+    attention: Any  # CommonAttentionMetadata of the pass
+    block_size: int  # tokens in one entry of the block tables
+    work: Work  # what the pass did
+    prompt_rows: int  # that are left for the next step
+
+
+class StepClock:
+    """Seconds from the end of one step to the end of the next.
+
+    Time in which the engine had nothing to do does not count: where the gap between
+    two steps is long, that of other steps is taken instead.
+    """
+
+    _LONGEST_GAP = 0.02
+
+    def __init__(self) -> None:
+        self._begun = self._ended = time.perf_counter()
+        self._gap = 0.0
+
+    def begin(self) -> None:
+        self._begun = time.perf_counter()
+        gap = self._begun - self._ended
+        if gap < self._LONGEST_GAP:
+            self._gap += 0.1 * (gap - self._gap)
+
+    def end(self) -> float:
+        self._ended = time.perf_counter()
+        return self._ended - self._begun + self._gap
+
+
+class Drafting:
+    """Drafts for every step; keeps what has to be known from one to the next."""
+
+    def __init__(self, proposer: Clover2Proposer, block_size: int) -> None:
+        self.proposer = proposer
+        self.grower = TreeGrower(proposer.options)
+        self.clock = StepClock()
+        self.backlog = HiddenBacklog(_MAX_WAITING_ROWS, block_size)
+        self.chooser: Chooser | None = None  # None: always as much as there is
+        self._limits = proposer.options.context_limits()
+        # The last step's context nodes: request -> (row, length of its text).
+        self._walk: ContextWalk | None = None
+        self._walk_rows: dict[str, tuple[int, int]] = {}
+        self._expected: dict[str, float] = {}  # accepted tokens of the last drafts
+
+    def adapt_to(self, cost: StepCost) -> None:
+        """Let what is drafted follow from what steps cost."""
+        self.chooser = Chooser(cost)
+
+    def forget(self, request: str) -> None:
+        """The request is gone."""
+        self.backlog.drop(request)
+        if self.chooser is not None:
+            self.chooser.forget(request)
+
+    def draft(self, step: FinishedStep) -> GrownTrees:
+        """Trees for ``step.drafted``, in that order."""
+        self.backlog.add(step.requests, step.committed, step.block_table)
+        self._learn(step)
+        if not step.drafted:
+            return self._ended(step, Growth(_no_trees(0), None), 0)
+        context = self._context(step)
+        ids = [step.requests[i] for i in step.drafted]
+        waiting = self.backlog.sizes(ids)
+        next_work = Work(
+            len(ids) + step.prompt_rows, step.prompt_rows, int(step.lengths.sum())
+        )
+        plan = self._plan(ids, context, waiting, next_work)
+        growth, augmented = self._grow(step, context, plan)
+        self._remember_walk(step, growth.walk)
+        growth = growth._replace(
+            trees=self._sized(ids, context, plan, growth, augmented, next_work)
+        )
+        return self._ended(step, growth, augmented)
+
+    def _context(self, step: FinishedStep) -> ContextCandidates | None:
+        if self._limits is None:
+            return None
+        nodes = ops.context_nodes(
+            step.token_ids,
+            torch.tensor(step.drafted, dtype=torch.int32),
+            torch.from_numpy(step.lengths[step.drafted]),
+            *self._limits,
+        )
+        return self.grower.calibration.judge(nodes)
+
+    def _plan(
+        self,
+        ids: list[str],
+        context: ContextCandidates | None,
+        waiting: np.ndarray,
+        work: Work,
+    ) -> Plan:
+        """The decision of tensor-parallel rank 0: ranks measure different times."""
+        if self.chooser is None:
+            return Plan(waiting >= 0, 0.0, 0.0, 0.0)
+        plan = self.chooser.plan(
+            ids, _open(context, len(ids)), _joint(context, len(ids)), waiting, work
+        )
+        group = get_tp_group()
+        if group.world_size == 1:
+            return plan
+        packed = torch.tensor([*plan.ask, plan.least], dtype=torch.float64)
+        packed = group.broadcast(packed.to(self.proposer.device)).cpu().numpy()
+        return Plan(packed[:-1] > 0.0, float(packed[-1]), 0.0, 0.0)
+
+    def _grow(
+        self, step: FinishedStep, context: ContextCandidates | None, plan: Plan
+    ) -> tuple[Growth, int]:
+        """The trees, and for how many rows draft KV was written."""
+        proposer, options = self.proposer, self.grower.options
+        asked = [i for i, ask in zip(step.drafted, plan.ask, strict=True) if ask]
+        hidden = proposer.hidden_states.new_zeros(
+            len(step.drafted), proposer.hidden_states.shape[1]
+        )
+        rows = 0
+        ask = torch.from_numpy(plan.ask).to(hidden.device)
+        if asked:
+            ids = [step.requests[i] for i in asked]
+            committed = self.backlog.take(ids, asked, step.block_table)
+            rows = len(committed.positions)
+            hidden[ask] = proposer.augment(committed, step.attention, step.block_size)
+        limits = None
+        if not options.has_fixed_shape:
+            limits = options.dynamic_tree().without_nodes_below(plan.least)
+            limits = dataclasses.replace(
+                limits, min_expanded=plan.node_mass, min_level_mass=plan.level_mass
+            )
+        if context is not None:
+            context = context.to(hidden.device)
+        model = proposer.model if asked else None
+        return self.grower.grow(model, hidden, context, ask, limits), rows
+
+    def _sized(
+        self,
+        ids: list[str],
+        context: ContextCandidates | None,
+        plan: Plan,
+        growth: Growth,
+        augmented: int,
+        work: Work,
+    ) -> GrownTrees:
+        """The trees, cut to what pays."""
+        trees = growth.trees
+        if self.chooser is not None:
+            joint = trees.joint.exp().cpu().numpy()
+            drafting = self.chooser.cost.drafting(
+                augmented, growth.levels, growth.asked
+            )
+            if plan.ask.any() and not self.grower.options.has_fixed_shape:
+                self.chooser.learn_gain(
+                    plan,
+                    _open(context, len(ids)),
+                    _joint(context, len(ids)),
+                    joint,
+                    work,
+                    growth.levels,
+                    growth.asked,
+                )
+            sizes = self.chooser.sizes(ids, joint, work, drafting)
+            trees = trees._replace(sizes=torch.from_numpy(sizes).int())
+            kept = np.arange(joint.shape[1]) < sizes[:, None]
+            self._expected.update(zip(ids, (joint * kept).sum(axis=1).tolist()))
+        return self.proposer.of_first_rank(trees)
+
+    def _learn(self, step: FinishedStep) -> None:
+        """Calibrate by how the texts of the last step went on."""
+        if self.chooser is not None:
+            for request, emitted in zip(step.requests, step.emitted, strict=True):
+                if emitted and request in self._expected:
+                    expected = self._expected.pop(request)
+                    self.chooser.accepted(request, expected, len(emitted) - 1)
+        walk, self._walk = self._walk, None
+        if walk is None:
+            return
+        rows, told = [], []
+        for request, emitted, length in zip(
+            step.requests, step.emitted, step.lengths.tolist(), strict=True
+        ):
+            row, length_before = self._walk_rows.get(request, (-1, -1))
+            if emitted and length_before == length - len(emitted):
+                rows.append(row)
+                told.append(torch.tensor(emitted))
+        if rows:
+            known = torch.nn.utils.rnn.pad_sequence(told, True, padding_value=-1)
+            self.grower.calibration.observe(
+                ContextWalk(*(part[rows] for part in walk)), known
+            )
+
+    def _remember_walk(self, step: FinishedStep, walk: ContextWalk | None) -> None:
+        if walk is None or self._limits is None:
+            return
+        self._walk = ContextWalk(*(part.cpu() for part in walk))
+        lengths = step.lengths[step.drafted].tolist()
+        self._walk_rows = {
+            step.requests[i]: (row, length)
+            for row, (i, length) in enumerate(zip(step.drafted, lengths, strict=True))
+        }
+
+    def _ended(self, step: FinishedStep, growth: Growth, augmented: int) -> GrownTrees:
+        """Learn what the step took."""
+        if self.chooser is not None:
+            work = dataclasses.replace(
+                step.work,
+                augmented=augmented,
+                levels=growth.levels,
+                grown=growth.asked,
+            )
+            self.chooser.cost.observe(work, self.clock.end())
+        return growth.trees
+
+
+def _no_trees(requests: int) -> GrownTrees:
+    return GrownTrees.empty(requests, torch.device("cpu"))
+
+
+def _open(context: ContextCandidates | None, requests: int) -> np.ndarray:
+    """What the context leaves the head below each root [B]."""
+    if context is None:
+        return np.ones(requests)
+    first = context.nodes.depths == 1
+    return 1.0 - (context.beside * first).sum(dim=1).numpy()
+
+
+def _joint(context: ContextCandidates | None, requests: int) -> np.ndarray:
+    if context is None:
+        return np.zeros((requests, 0))
+    return context.joint().numpy()

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step drafts: for whom the head is asked, and how many nodes are verified.
+
+A verified node costs time whether it is accepted or not, and so does asking the head.
+With one request a target pass is bound by reading weights and more rows are nearly
+free; with many every row counts, and the best choice may be to draft nothing. Every
+step therefore maximises the expected tokens per second of the next one over the whole
+batch: candidates count with the probability that they are accepted, time is what
+:class:`~vllm_clover2.tree.step_cost.StepCost` predicts. What the head would add is
+only known after it was asked, so it is remembered from when it last was; while it is
+not asked it is probed now and then.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_clover2.tree.step_cost import StepCost, Work
+
+_GAIN_MEMORY = 0.05
+"""Share of a new observation in the running averages of what the head adds."""
+_MARGIN = 0.01
+"""A change of mind needs so much more speed: the head's KV is made up for when it is
+asked again, and predictions are noisy."""
+_FIRST_PROBE, _LAST_PROBE = 16, 256
+"""Steps without the head after which it is asked on trial, doubling while it loses."""
+_PROBED = 4
+"""Requests it is then asked for."""
+_BACKLOG_STEPS = 8
+"""Steps over which making up for missing KV is expected to pay."""
+_TRUST_MEMORY = 0.1
+_TRUST_PRIOR = 2.0
+"""Expected tokens for which a new request is taken to be like the others."""
+
+
+@dataclass
+class _HeadGain:
+    """What asking the head brings, by unit of open probability, at some load."""
+
+    tokens: float = 0.6  # expected accepted tokens
+    rows: float = 4.0  # nodes worth verifying
+    levels: float = 3.0  # grown for the whole batch
+    nodes: float = 8.0  # asked about, a request
+    probe_after: int = _FIRST_PROBE
+    idle: int = 0  # steps since it was asked
+
+    def learn(self, tokens: float, rows: float, levels: float, nodes: float) -> None:
+        for name, value in zip(
+            ("tokens", "rows", "levels", "nodes"), (tokens, rows, levels, nodes)
+        ):
+            old = getattr(self, name)
+            setattr(self, name, old + _GAIN_MEMORY * (value - old))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decision before anything is grown."""
+
+    ask: np.ndarray  # [B] bool, requests that the head is asked for
+    # Joint probability below which no node can pay; over 1: none.
+    least: float
+    level_mass: float  # open probability below which no level of growth can pay
+    node_mass: float  # the same for one node that the head is asked about
+
+
+class Chooser:
+    """Decides, and learns from what became of its decisions."""
+
+    def __init__(self, cost: StepCost) -> None:
+        self.cost = cost
+        self._gains: dict[int, _HeadGain] = {}  # by bit length of the batch size
+        self._asking = True
+        self._trust: dict[str, np.ndarray] = {}  # by request: [expected, accepted]
+
+    # What a request's drafts are worth beside those of others
+
+    def trust(self, requests: list[str]) -> np.ndarray:
+        """Accepted tokens by expected ones of each request [B], about 1."""
+        counts = np.array([self._trust.get(r, (0.0, 0.0)) for r in requests])
+        counts = counts.reshape(-1, 2) + _TRUST_PRIOR
+        return (counts[:, 1] / counts[:, 0]).clip(0.25, 2.0)
+
+    def accepted(self, request: str, expected: float, accepted: int) -> None:
+        """Learn that a draft with so many expected tokens gave so many."""
+        counts = self._trust.setdefault(request, np.zeros(2))
+        counts *= 1.0 - _TRUST_MEMORY
+        counts += (expected, accepted)
+
+    def forget(self, request: str) -> None:
+        """The request is gone."""
+        self._trust.pop(request, None)
+
+    # Before growing
+
+    def plan(
+        self,
+        requests: list[str],
+        open_: np.ndarray,  # [B] probability that the context leaves the head at a root
+        context: np.ndarray,  # [B, N] joint probabilities of context nodes, 0: none
+        backlog: np.ndarray,  # [B] rows without draft KV, -1: cannot be made up for
+        work: Work,  # of the next step without drafts
+    ) -> Plan:
+        """Whom to ask the head for."""
+        gain = self._gain(len(requests))
+        trust = self.trust(requests)
+        times = self.cost.table(work, 64 * len(requests))
+        expected, nodes = best_nodes(context * trust[:, None], len(requests), times)
+        rate = (len(requests) + expected) / times[nodes]
+
+        value = np.where(backlog >= 0, open_ * trust, 0.0)
+        order = np.argsort(-value, kind="stable")
+        count, faster = self._best_count(
+            value[order], backlog[order], gain, len(requests) + expected, nodes, times
+        )
+        margin = -_MARGIN if self._asking else _MARGIN
+        self._asking = count > 0 and faster / rate > 1.0 + margin
+        if not self._asking:
+            count = self._probe(gain, int((value > 0).sum()))
+        else:
+            gain.probe_after, gain.idle = _FIRST_PROBE, 0
+        ask = np.zeros(len(requests), dtype=bool)
+        ask[order[:count]] = True
+        slopes = np.diff(times)
+        least = rate * float(slopes.min()) if len(slopes) else 2.0
+        per_mass = rate / max(gain.tokens, 1e-3)
+        return Plan(ask, least, self.cost.level * per_mass, self.cost.node * per_mass)
+
+    def _gain(self, requests: int) -> _HeadGain:
+        """Of batches of this size; a new size starts from the nearest smaller one."""
+        size = requests.bit_length()
+        if size not in self._gains:
+            smaller = [s for s in self._gains if s < size]
+            like = self._gains[max(smaller)] if smaller else _HeadGain()
+            self._gains[size] = _HeadGain(
+                like.tokens, like.rows, like.levels, like.nodes
+            )
+        return self._gains[size]
+
+    def _best_count(
+        self,
+        value: np.ndarray,  # [B] falling
+        backlog: np.ndarray,  # [B]
+        gain: _HeadGain,
+        tokens: float,  # expected without the head
+        nodes: int,
+        times: np.ndarray,
+    ) -> tuple[int, float]:
+        """Of how many requests to ask for, and the expected tokens per second."""
+        useful = int((value > 0.0).sum())
+        if not useful:
+            return 0, 0.0
+        counts = np.arange(1, useful + 1)
+        mass = value[:useful].cumsum()
+        rows = counts + backlog[:useful].cumsum() / _BACKLOG_STEPS
+        draft = self.cost.drafting(1, 0, 0) + gain.levels * self.cost.level
+        draft = (
+            draft + (rows - 1.0) * self.cost.row + counts * gain.nodes * self.cost.node
+        )
+        where = np.minimum(nodes + mass * gain.rows, len(times) - 1)
+        passes = np.interp(where, np.arange(len(times)), times)
+        rates = (tokens + mass * gain.tokens) / (passes + draft)
+        best = int(rates.argmax())
+        return best + 1, float(rates[best])
+
+    def _probe(self, gain: _HeadGain, useful: int) -> int:
+        """Of how many requests to ask for on trial; mostly none."""
+        gain.idle += 1
+        if gain.idle < gain.probe_after or not useful:
+            return 0
+        gain.idle = 0
+        gain.probe_after = min(2 * gain.probe_after, _LAST_PROBE)
+        return min(_PROBED, useful)
+
+    # After growing
+
+    def sizes(
+        self,
+        requests: list[str],
+        joint: np.ndarray,  # [B, N] probabilities of the nodes, falling; 0: none
+        work: Work,  # of the next step without drafts
+        drafting: float,  # seconds that drafting takes, every step about the same
+    ) -> np.ndarray:
+        """Nodes to verify of each request [B] int64: a prefix of its list."""
+        weighted = joint * self.trust(requests)[:, None]
+        times = self.cost.table(work, joint.size) + drafting
+        _, count = best_nodes(weighted, len(requests), times)
+        if not count:
+            return np.zeros(len(requests), dtype=np.int64)
+        least = np.partition(weighted, -count, axis=None)[-count]
+        return ((weighted >= least) & (joint > 0.0)).sum(axis=1)
+
+    def learn_gain(
+        self,
+        plan: Plan,
+        open_: np.ndarray,  # [B]
+        context: np.ndarray,  # [B, N] joint probabilities without the head
+        joint: np.ndarray,  # [B, M] and with it
+        work: Work,
+        levels: int,
+        nodes: int,
+    ) -> None:
+        """Learn what asking the head has added."""
+        times = self.cost.table(work, joint.size)
+        requests = len(open_)
+        before, rows_before = best_nodes(context, requests, times)
+        after, rows = best_nodes(joint, requests, times)
+        mass = float(open_[plan.ask].sum())
+        if mass > 0.0:
+            self._gain(requests).learn(
+                (after - before) / mass,
+                (rows - rows_before) / mass,
+                levels,
+                nodes / int(plan.ask.sum()),
+            )
+
+
+def best_nodes(
+    joint: np.ndarray,  # [B, N] probabilities that nodes are accepted, 0: none
+    requests: int,
+    times: np.ndarray,  # [n + 1] seconds of a step with so many nodes
+) -> tuple[float, int]:
+    """Expected accepted tokens, and nodes, with the best yield per second.
+
+    The step yields a token per request and, expected, the nodes' probabilities.
+    """
+    candidates = np.sort(joint[joint > 0.0])[::-1][: len(times) - 1]
+    expected = np.concatenate([[0.0], candidates.cumsum()])
+    best = int(((requests + expected) / times[: len(expected)]).argmax())
+    return float(expected[best]), best
