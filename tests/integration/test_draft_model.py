@@ -16,13 +16,15 @@ from engines import EnginePool
 from golden_cases import case_folders
 from planting import CommitSpy, Planter, with_truth
 from safetensors.torch import load_file
+from scoring_draft import ScoringDraft
 from tiny_models import TinyModel, save_random_head, save_target
 from transformers import LlamaForCausalLM
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from vllm_clover2.integration.attention import kv_layout
+from vllm_clover2.integration.backlog import CommittedRows
 from vllm_clover2.integration.draft_model import serving_product
-from vllm_clover2.integration.proposer import Clover2Proposer, CommittedRows
+from vllm_clover2.integration.proposer import Clover2Proposer
 from vllm_clover2.integration.runner import Clover2RunnerMixin
 from vllm_clover2.model import Clover2Model
 from vllm_clover2.model.weights import from_reference, load_head, save_head
@@ -31,6 +33,7 @@ from vllm_clover2.tree import DynamicTree, grow_dynamic, grow_static, paper_tree
 
 # As for the plain model; vLLM fuses q, k, v and adds in another order.
 GOLDEN_TOLERANCE = 2e-5
+PLANTED_DEPTH = Planter(0).depth
 # States of random heads reach 10; float32.
 TOLERANCE = 2e-4
 
@@ -44,7 +47,7 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 
 
-class PlainDraft:
+class PlainDraft(ScoringDraft):
     """The plain model as a draft; rows of the target's lm_head are its embeddings."""
 
     def __init__(self, model: Clover2Model, lm_head: torch.Tensor) -> None:
@@ -76,31 +79,38 @@ class DraftSpy:
     states: list[tuple[list[int], torch.Tensor]] = dataclasses.field(
         default_factory=list
     )
+    waited: int = 0  # times that rows of several steps of decoding were made up for
 
     def install(self, patch: Callable[..., None]) -> None:
         spy, augment = self, Clover2Proposer.augment
         propose = Clover2RunnerMixin.propose_draft_token_ids
-        texts: list[list[int]] = []
+        texts: list[list[int]] = []  # by batch index
+        prompts: list[int] = []  # their lengths
 
         def spied_propose(
             runner: Any, scheduled: Any, sampled: list[list[int]], *rest: Any
         ) -> Any:
             texts.clear()
+            prompts.clear()
             for request_id, tokens in zip(
                 runner.input_batch.req_ids, sampled, strict=False
             ):
                 request = runner.requests[request_id]
                 known = [*request.prompt_token_ids, *request.output_token_ids]
                 texts.append(known if tokens else [])  # []: inside its prompt
+                prompts.append(len(request.prompt_token_ids))
             return propose(runner, scheduled, sampled, *rest)
 
-        def spied_augment(proposer: Any, *args: Any) -> torch.Tensor:
-            states = augment(proposer, *args)
-            spy.states += [
-                (text, state.clone())
-                for text, state in zip(texts, states, strict=True)
-                if text
-            ]
+        def spied_augment(
+            proposer: Any, rows: CommittedRows, *args: Any
+        ) -> torch.Tensor:
+            states = augment(proposer, rows, *args)
+            firsts = rows.offsets[:-1]
+            for first, count, state in zip(firsts, rows.counts, states, strict=True):
+                index = rows.requests[first]
+                spy.states.append((texts[index], state.clone()))
+                answered = rows.positions[first] >= prompts[index]
+                spy.waited += bool(answered and count > 1 + PLANTED_DEPTH)
             return states
 
         patch(Clover2RunnerMixin, "propose_draft_token_ids", spied_propose)
@@ -132,6 +142,7 @@ def test_states_and_trees_match_the_plain_model(
     engine.run(with_truth(requests, baseline(requests)))
     assert commits.accepted > 10
     assert len(spy.states) > 3 * len(requests)
+    assert spy.waited > 0
 
     language_model = LlamaForCausalLM.from_pretrained(target).float().eval()
     lm_head = language_model.lm_head.weight
@@ -199,7 +210,7 @@ def run_augment(
     """All states of every request, and what ``augment`` returns of them [R, H]."""
     counts = [len(rows) for rows in hidden]
     committed = CommittedRows(
-        rows=np.arange(sum(counts)),
+        hidden=torch.cat(hidden),
         requests=np.repeat(np.arange(len(counts)), counts),
         positions=np.concatenate(
             [np.arange(p, p + n) for p, n in zip(first_positions, counts, strict=True)]
@@ -215,7 +226,7 @@ def run_augment(
     )
     try:
         last = runner.drafter.augment(
-            committed, torch.cat(hidden), SimpleNamespace(block_table_tensor=blocks), 32
+            committed, SimpleNamespace(block_table_tensor=blocks), 32
         )
     finally:
         hook.remove()

@@ -10,16 +10,19 @@ The plain run's tokens travel with the request, as ``SamplingParams.extra_args``
 import random
 from collections import Counter
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from engines import Output, Request
 
 from vllm_clover2 import ops
 from vllm_clover2.integration import runner as runner_module
-from vllm_clover2.integration.proposer import Clover2Proposer
 from vllm_clover2.integration.runner import Clover2RunnerMixin
-from vllm_clover2.tree.types import NO_TOKEN, GrownTrees
+from vllm_clover2.tree.chooser import Plan
+from vllm_clover2.tree.grower import Growth, TreeGrower
+from vllm_clover2.tree.types import NO_TOKEN, GrownTrees, Source
 
 TRUTH = "planted_truth"
 
@@ -42,9 +45,11 @@ class Planter:
     chain: bool = False
     hit_rate: float = 0.35  # chance that the next node continues the true path
     rng: random.Random = field(init=False)
+    coins: "Coins" = field(init=False)
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
+        self.coins = Coins(self.rng)
 
     def tree(self, truth: list[int], max_nodes: int) -> tuple[list[int], list[int]]:
         """Tokens and parents (row numbers) of 1 to ``max_nodes`` nodes."""
@@ -91,24 +96,31 @@ class Planter:
         sizes = torch.tensor([len(tokens) for tokens, _ in trees], dtype=torch.int32)
         tokens = _padded([tokens for tokens, _ in trees], max_nodes, NO_TOKEN)
         parents = _padded([parents for _, parents in trees], max_nodes, 0).int()
-        unused = torch.zeros(0)
-        return GrownTrees(tokens, parents, unused, unused, sizes)
+        depths = torch.ones_like(parents)  # nobody asks
+        joint = torch.zeros_like(tokens, dtype=torch.float32)
+        joint[tokens == NO_TOKEN] = -torch.inf
+        sources = torch.full_like(tokens, Source.HEAD, dtype=torch.int8)
+        return GrownTrees(tokens, parents, depths, joint, sizes, sources)
 
     def install(self, patch: Any) -> None:
-        """Replace the head's trees in every engine of this process.
+        """Replace the trees, and the choice of sizes, in every engine of this process.
 
         ``patch`` sets attributes, like ``pytest.MonkeyPatch.setattr``.
         """
-        planter, stock_grow = self, Clover2Proposer.grow
+        planter, stock_grow = self, TreeGrower.grow
         stock_propose = Clover2RunnerMixin.propose_draft_token_ids
 
-        def grow(proposer: Clover2Proposer, hidden: torch.Tensor) -> GrownTrees:
+        def grow(grower: TreeGrower, *args: Any, **kwargs: Any) -> Growth:
             if planted_for is None:  # warm-up
-                return stock_grow(proposer, hidden)
-            assert len(planted_for[1]) == hidden.shape[0]
-            nodes = proposer.speculative_config.num_speculative_tokens
-            trees = planter.grow(*planted_for, nodes)
-            return GrownTrees(*(part.to(hidden.device) for part in trees))
+                return stock_grow(grower, *args, **kwargs)
+            # What would have been grown must not fail either.
+            growth = stock_grow(grower, *args, **kwargs)
+            assert len(planted_for[1]) == len(growth.trees.sizes)
+            trees = planter.grow(*planted_for, grower.options.num_nodes)
+            device = growth.trees.sizes.device
+            return growth._replace(
+                trees=GrownTrees(*(part.to(device) for part in trees))
+            )
 
         def propose(
             runner: Any, scheduled: Any, sampled: list[list[int]], *rest: Any
@@ -116,14 +128,40 @@ class Planter:
             nonlocal planted_for
             rows = [i for i, tokens in enumerate(sampled) if tokens]
             planted_for = runner, [runner.input_batch.req_ids[i] for i in rows]
+            chooser, runner.drafting.chooser = runner.drafting.chooser, planter.coins
             try:
                 return stock_propose(runner, scheduled, sampled, *rest)
             finally:
-                planted_for = None
+                planted_for, runner.drafting.chooser = None, chooser
 
         planted_for: tuple[Any, list[str]] | None = None
-        patch(Clover2Proposer, "grow", grow)
+        patch(TreeGrower, "grow", grow)
         patch(Clover2RunnerMixin, "propose_draft_token_ids", propose)
+
+
+class Coins:
+    """Decides by chance whom the head is asked for, in place of a ``Chooser``.
+
+    Requests are drafted for in some steps and not in others, so that what the draft
+    missed has to be made up for.
+    """
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.cost = SimpleNamespace(drafting=lambda *_: 0.0, observe=lambda *_: None)
+
+    def plan(self, requests: list[str], *args: Any) -> Plan:
+        waiting = args[2]
+        heads = [self.rng.random() < 0.7 for _ in requests]
+        return Plan((waiting >= 0) & np.array(heads, dtype=bool), 0.0, 0.0, 0.0)
+
+    def sizes(self, _requests: list[str], joint: np.ndarray, *_: Any) -> np.ndarray:
+        return (joint > 0.0).sum(axis=1)
+
+    def nothing(self, *_: Any) -> None:
+        """What is learned, and who is forgotten, does not matter."""
+
+    learn_gain = accepted = forget = nothing
 
 
 @dataclass

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from engine_fixtures import Baseline, random_prompts
 from engines import Engine, EnginePool, Output, Request, assert_same
 from planting import CommitSpy, Planter, with_truth
 from vllm.v1.engine.input_processor import InputProcessor
 
-from vllm_clover2.tree.budget import step_seconds
+from vllm_clover2.integration.drafting import FinishedStep
+from vllm_clover2.tree.chooser import Chooser
+from vllm_clover2.tree.step_cost import StepCost
 from vllm_clover2.tree.types import GrownTrees
 
 
@@ -287,28 +288,21 @@ def test_load_decides_what_is_drafted(
 ) -> None:
     """Eight rows cost as much as one, each further row as much as these together."""
     engine = engines.get(target, head, tree)
-    drafter = engine.runner.drafter
-    measured = drafter.step_seconds
-    seconds = step_seconds([1, 8, 64], [1.0, 1.0, 57.0], drafter.max_num_tokens)
-    grown: list[tuple[int, int, int]] = []  # of every step: requests, nodes tried, kept
-    grow = drafter.grow
+    drafting = engine.runner.drafting
+    cost = StepCost([1, 8, 64], [1.0, 1.0, 57.0], (0.0, 0.0), (0.0, 0.0), 512)
+    monkeypatch.setattr(cost, "observe", lambda work, seconds: seconds)
+    monkeypatch.setattr(drafting, "chooser", Chooser(cost))
+    drafted: list[tuple[int, int]] = []  # of every step: requests, nodes
+    draft = drafting.draft
 
-    def recording(hidden: torch.Tensor) -> GrownTrees:
-        trees = grow(hidden)
-        tried = int((trees.joint > -torch.inf).sum())
-        grown.append((len(hidden), tried, int(trees.sizes.sum())))
+    def recording(step: FinishedStep) -> GrownTrees:
+        trees = draft(step)
+        drafted.append((len(step.drafted), int(trees.sizes.sum())))
         return trees
 
-    monkeypatch.setattr(drafter, "grow", recording)
+    monkeypatch.setattr(drafting, "draft", recording)
     requests = [r.replaced(max_tokens=8) for r in random_prompts(12, seed=29)]
     requests[3:6] = [r.replaced(max_tokens=40) for r in requests[3:6]]
-    drafter.size_trees_by(seconds)
-    try:
-        actual = engine.run(requests)
-    finally:
-        drafter.size_trees_by(measured)
-    assert_same(baseline(requests), actual, requests)
-    assert {kept for running, _, kept in grown if running == 3} == {5}
-    assert {(tried, kept) for running, tried, kept in grown if running == 12} == {
-        (0, 0)
-    }
+    assert_same(baseline(requests), engine.run(requests), requests)
+    assert {nodes for running, nodes in drafted if running == 3} == {5}
+    assert {nodes for running, nodes in drafted if running == 12} == {0}

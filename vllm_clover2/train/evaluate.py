@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch.nn.utils.rnn import pad_sequence
 
 from vllm_clover2.ops import context_nodes, tree_accept
@@ -35,7 +36,6 @@ __all__ = ["ReplayResult", "evaluate", "evaluate_head", "parse_tree", "summarise
 # Target token of a row whose true continuation is unknown or past the end.
 _NO_TARGET = -2
 
-
 CONTEXT = "+context"
 """Suffix of the name of a tree that the request's own text is a source of."""
 
@@ -44,27 +44,38 @@ def parse_tree(name: str) -> TreeOptions:
     """The options of `chain:DEPTH`, `paper`, `dynamic:NODES[:DEPTH]`.
 
     With the suffix `+context` the request's own text is a source too (not for `paper`,
-    whose shape is fixed); `context:NODES` has no other.
+    whose shape is fixed). Trees have their full size, whatever a step costs.
+
+    Raises ValueError if there is no such tree.
     """
     kind, *numbers = name.removesuffix(CONTEXT).split(":")
-    options: dict[str, Any] = {"context": name.endswith(CONTEXT), "adaptive": False}
+    options: dict[str, Any] = {"adaptive": False, "context": name.endswith(CONTEXT)}
+    names = {
+        "chain": ["num_speculative_tokens"],
+        "paper": [],
+        "dynamic": ["num_speculative_tokens", "depth"],
+    }.get(kind, [])
+    required = len(names[:1])
+    if (
+        kind not in ("chain", "paper", "dynamic")
+        or not required <= len(numbers) <= len(names)
+        or not all(number.isdecimal() for number in numbers)
+        or (kind == "paper" and options["context"])
+    ):
+        raise ValueError(
+            "a tree is chain:DEPTH[+context], paper, or "
+            f"dynamic:NODES[:DEPTH][+context], found {name!r}"
+        )
+    options |= zip(names, map(int, numbers), strict=False)
     try:
-        values = [int(number) for number in numbers]
-        if kind == "chain" and len(values) == 1:
-            return TreeOptions(
-                tree="chain", num_speculative_tokens=values[0], **options
-            )
-        if kind == "paper" and not values and not options["context"]:
-            return TreeOptions(tree="static", **options)
-        if kind == "dynamic" and len(values) in (1, 2):
-            depth = {"depth": values[1]} if len(values) > 1 else {}
-            return TreeOptions(num_speculative_tokens=values[0], **depth, **options)
-    except ValueError as error:
-        raise ValueError(f"tree {name!r} is not valid: {error}") from error
-    raise ValueError(
-        "a tree is chain:DEPTH[+context], paper, or dynamic:NODES[:DEPTH][+context], "
-        f"found {name!r}"
-    )
+        return TreeOptions(tree="static" if kind == "paper" else kind, **options)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise ValueError(
+            f"tree {name!r} is not valid: {where + ': ' if where else ''}"
+            f"{problem['msg']}"
+        ) from error
 
 
 # An answer loops if this many tokens at its end repeat with a period of at most half.
@@ -98,10 +109,10 @@ class ReplayResult:
         )
 
     def summary(self) -> dict[str, object]:
-        by_depth = np.trim_zeros(self.reached, "b") / self.steps
+        by_depth = self.reached / self.steps
         return {
             "tokens_per_step": round(self.emitted / self.steps, 4),
-            "accepted_per_step": round(float(self.reached.sum()) / self.steps, 4),
+            "accepted_per_step": round(float(by_depth.sum()), 4),
             "acceptance_by_depth": [round(float(share), 4) for share in by_depth],
             "nodes_per_step": round(self.nodes / self.steps, 2),
             "steps": self.steps,

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 from transformers import AutoConfig
 
 from vllm_clover2.bench.figures import accepted_by_step
@@ -30,7 +29,6 @@ from vllm_clover2.train.config import EvaluateConfig
 from vllm_clover2.train.data import AnswerSet, read_answers
 from vllm_clover2.train.evaluate import ReplayResult, parse_tree, summarise
 from vllm_clover2.tree import MAX_ROWS
-from vllm_clover2.tree.options import TreeOptions
 
 __all__ = [
     "count_steps",
@@ -49,34 +47,17 @@ def speculative_config(head: Path, name: str) -> dict[str, Any]:
 
     Raises ValueError if there is no such tree, or none for this kind of head.
     """
-    _, depth = parse_tree(name)
-    kind, *numbers = name.split(":")
+    tree = parse_tree(name)
     if (model_type := head_model_type(head)) != "clover2":
-        if kind != "chain":
+        if tree.tree != "chain" or tree.context:
             raise ValueError(
                 f"stock EAGLE drafts chains only: the tree for {head} (model_type "
                 f"{model_type!r}) must be chain:DEPTH, found {name!r}; leave it out "
                 "with --trees, or give a clover2 head"
             )
-        return {"method": "eagle", "model": str(head), "num_speculative_tokens": depth}
-    # Trees of their full size, as in the replay, whatever a step costs here.
-    options: dict[str, Any] = {"adaptive": False}
-    if kind == "chain":
-        options |= {"tree": "chain", "num_speculative_tokens": depth}
-    elif kind == "paper":
-        options |= {"tree": "static"}
-    else:
-        nodes = int(numbers[0])
-        options |= {"tree": "dynamic", "num_speculative_tokens": nodes, "depth": depth}
-    try:
-        TreeOptions(**options)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise ValueError(
-            f"tree {name!r} cannot be served: {where + ': ' if where else ''}"
-            f"{problem['msg']}"
-        ) from error
+        nodes = tree.num_nodes
+        return {"method": "eagle", "model": str(head), "num_speculative_tokens": nodes}
+    options = tree.model_dump(exclude_unset=True)
     return {"method": "clover2", "model": str(head), **options}
 
 
@@ -116,7 +97,7 @@ def serve_tree(config: EvaluateConfig, name: str) -> dict[str, object]:
         per_request_spec_decode_metrics="detailed",
     )
     outputs, seconds = _answer(llm, answers, config.concurrency)
-    _, depth = parse_tree(name)
+    depth = parse_tree(name).max_depth
     results = []
     for task, output in zip(answers.tasks, outputs, strict=True):
         speculation = output.spec_decode_metrics

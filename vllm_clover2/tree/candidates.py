@@ -92,6 +92,7 @@ class CandidatePool:
         """Take a head's children in; returns the likeliest nodes of their level."""
         self._level += 1
         rows = frontier.rows
+        asked = asked & (frontier.open > 0.0)  # the frontier may be padded
         in_context = rows <= self._num_context
         row_or_root = rows.masked_fill(~in_context, 0)
         twin = self._twins(frontier, children)

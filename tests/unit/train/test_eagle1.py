@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from scoring_draft import ScoringDraft
 from training_runs import ACCEPTANCE_FLOOR, acceptance, changed, run_until
 
 from vllm_clover2.model import Eagle1Config, Eagle1Model, Packing
@@ -18,6 +19,7 @@ from vllm_clover2.train.eagle1 import Eagle1Replay, new_eagle1
 from vllm_clover2.train.evaluate import parse_tree
 from vllm_clover2.train.hidden import Target
 from vllm_clover2.train.loop import Trainer, train
+from vllm_clover2.tree import TreeGrower
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def random_head(target: Target, draft_vocab_ids: list[int] | None) -> Eagle1Mode
     return model.eval()
 
 
-class BruteForce:
+class BruteForce(ScoringDraft):
     """A draft whose state is a path: everything is computed anew for every node."""
 
     def __init__(
@@ -105,9 +107,10 @@ def test_trees_equal_brute_force_over_paths(
     texts = batch.input_ids.split(batch.lengths)
     known = [texts[n][: root + 1] for n, root in zip(chosen, roots, strict=True)]
 
-    grow, _ = parse_tree(tree)
-    grown = grow(*replay.at(chosen, roots))
-    expected = grow(BruteForce(model, target, known), torch.zeros(3, 1))
+    grower = TreeGrower(parse_tree(tree))
+    grown = grower.grow(*replay.at(chosen, roots), None).trees
+    brute_force = BruteForce(model, target, known)
+    expected = grower.grow(brute_force, torch.zeros(3, 1), None).trees
     for name in ("tokens", "parents", "depths", "sizes"):
         assert torch.equal(getattr(grown, name), getattr(expected, name)), name
     torch.testing.assert_close(grown.joint, expected.joint, atol=1e-4, rtol=0)

@@ -130,7 +130,8 @@ def test_drafted_ids_belong_to_the_target(head: Clover2Model, target: Target) ->
 
 
 @pytest.mark.parametrize(
-    "name", ["chain", "chain:x", "paper:3", "dynamic", "bush:3", "chain:0"]
+    "name",
+    ["chain", "chain:x", "paper:3", "dynamic", "bush:3", "chain:0", "paper+context"],
 )
 def test_unknown_trees_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="tree"):

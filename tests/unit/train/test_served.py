@@ -2,6 +2,7 @@
 """Served evaluation, with an engine that answers by itself."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,8 +46,12 @@ def eagle(tmp_path: Path) -> Path:
     [
         ("chain:4", {"tree": "chain", "num_speculative_tokens": 4}),
         ("paper", {"tree": "static"}),
-        ("dynamic:40", {"tree": "dynamic", "num_speculative_tokens": 40, "depth": 5}),
+        ("dynamic:40", {"tree": "dynamic", "num_speculative_tokens": 40}),
         ("dynamic:9:3", {"tree": "dynamic", "num_speculative_tokens": 9, "depth": 3}),
+        (
+            "chain:4+context",
+            {"tree": "chain", "num_speculative_tokens": 4, "context": True},
+        ),
     ],
 )
 def test_a_tree_is_served_at_its_full_size(
@@ -56,6 +61,7 @@ def test_a_tree_is_served_at_its_full_size(
         "method": "clover2",
         "model": str(head),
         "adaptive": False,
+        "context": False,
         **options,
     }
 
@@ -68,16 +74,17 @@ def test_other_heads_are_drafted_with_by_stock_eagle(eagle: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["paper", "dynamic:25"])
+@pytest.mark.parametrize("name", ["paper", "dynamic:25", "chain:4+context"])
 def test_stock_eagle_drafts_chains_only(eagle: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=rf"must be chain:DEPTH, found '{name}'"):
+    message = re.escape(f"must be chain:DEPTH, found '{name}'")
+    with pytest.raises(ValueError, match=message):
         speculative_config(eagle, name)
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("bush:3", "a tree is chain:DEPTH, paper or dynamic"),
+        ("bush:3", "a tree is chain:DEPTH\\[\\+context\\], paper, or dynamic"),
         ("dynamic:64", "num_speculative_tokens: Input should be less than or equal to"),
         ("dynamic:20:1", "num_speculative_tokens must be at most 8"),
     ],

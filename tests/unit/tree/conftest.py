@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from scoring_draft import ToyDraft
 
 from vllm_clover2.tree import MAX_ROWS
 
@@ -56,33 +57,6 @@ def random_trees(request: pytest.FixtureRequest) -> list[list[int]]:
     sizes = [0, 1, MAX_ROWS - 1]
     sizes += torch.randint(0, MAX_ROWS, (5,), generator=generator).tolist()
     return [random_parents(size, generator) for size in sizes]
-
-
-class ToyDraft:
-    """A draft of random weights whose vocabulary is a subset of the target's."""
-
-    def __init__(self, vocabulary: int, hidden: int = 16, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-
-        def weights(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-        # Odd target ids, so that the two vocabularies cannot be confused.
-        self.ids = torch.arange(vocabulary) * 2 + 1
-        self.embedding = weights(2 * vocabulary, hidden)
-        self.head = weights(hidden, vocabulary) / 2
-
-    def first(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return hidden, (hidden @ self.head).log_softmax(dim=-1)
-
-    def advance(
-        self, state: torch.Tensor, tokens: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        state = torch.tanh(state + self.embedding[tokens])
-        return state, (state @ self.head).log_softmax(dim=-1)
-
-    def token_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
-        return self.ids[draft_ids]
 
 
 @pytest.fixture

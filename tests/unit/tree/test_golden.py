@@ -8,13 +8,14 @@ import pytest
 import torch
 from golden_cases import case_folders
 from safetensors.torch import load_file
+from scoring_draft import ScoringDraft
 
 from vllm_clover2.model import Clover2Model
 from vllm_clover2.model.weights import from_reference
 from vllm_clover2.tree import grow_static, paper_tree
 
 
-class PlainDraft:
+class PlainDraft(ScoringDraft):
     """The plain model's recurrent head as a draft of the whole vocabulary."""
 
     def __init__(self, case: Path) -> None:

@@ -7,6 +7,7 @@ from math import log
 
 import pytest
 import torch
+from scoring_draft import ScoringDraft
 
 from vllm_clover2.tree import (
     DynamicTree,
@@ -120,7 +121,7 @@ def test_padding_after_the_last_node(toy_draft, hidden) -> None:
     assert torch.equal(batch.depths, expected)
 
 
-class CertainDraft:
+class CertainDraft(ScoringDraft):
     """Every node has a child of probability 1: all joint probabilities are equal."""
 
     def first(self, hidden):
@@ -205,7 +206,7 @@ def test_growth_stops_below_a_level_with_too_little_mass(toy_draft, hidden) -> N
     assert deepest(0.0) == 4
 
 
-class CountingDraft:
+class CountingDraft(ScoringDraft):
     """Counts the nodes that get children."""
 
     def __init__(self, draft) -> None:

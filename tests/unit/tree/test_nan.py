@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from scoring_draft import ScoringDraft
 
 from vllm_clover2.tree import (
     DynamicTree,
@@ -33,7 +34,7 @@ GROWTHS: dict[str, Grow] = {
 }
 
 
-class SickDraft:
+class SickDraft(ScoringDraft):
     """A draft whose states carry the request's number, so that one can be sick.
 
     `at_root` and `below` get that request's scores [n, Vd] at the root, or below the

@@ -10,7 +10,15 @@ from vllm_clover2.tree import DynamicTree, TreeOptions, chain, paper_tree
 def test_default_is_a_dynamic_tree_of_25_nodes() -> None:
     options = TreeOptions()
     assert options.dynamic_tree() == DynamicTree(25, top_k=8, depth=5, top_p=1.0)
+    assert options.max_depth == options.context_depth == 16
+
+
+def test_without_context_the_head_alone_gives_the_depth() -> None:
+    options = TreeOptions(context=False)
+    assert options.context_limits() is None
     assert options.max_depth == 5
+    assert TreeOptions(num_speculative_tokens=7).max_depth == 7
+    assert TreeOptions(depth=20).max_depth == 20
 
 
 @pytest.mark.parametrize(
@@ -49,11 +57,22 @@ def test_static_shapes(given, nodes, shape) -> None:
         ({"tree": "static", "num_speculative_tokens": 26}, "at most the tree's 25"),
         ({"tree": [[0, 0]]}, "parent of path"),
         ({"tree": "beam"}, "dynamic"),
-        ({"top_k": 2, "depth": 2, "num_speculative_tokens": 7}, "at most 6"),
+        (
+            {
+                "top_k": 2,
+                "depth": 2,
+                "num_speculative_tokens": 7,
+                "context": False,
+            },
+            "at most 6",
+        ),
+        ({"context_min_match": 9, "context_max_match": 8}, "must not exceed"),
+        ({"context_depth": 64}, "context_depth"),
         ({"top_p": 0.0}, "top_p"),
         ({"depth": 0}, "depth"),
     ],
-    ids=["unknown", "none", "many", "static", "paths", "name", "few", "top_p", "depth"],
+    ids=["unknown", "none", "many", "static", "paths", "name", "few"]
+    + ["matches", "context_depth", "top_p", "depth"],
 )
 def test_refused(given, message) -> None:
     with pytest.raises(pydantic.ValidationError, match=message):
