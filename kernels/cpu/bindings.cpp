@@ -14,4 +14,6 @@ STABLE_TORCH_LIBRARY_IMPL(clover2, CPU, library) {
   library.impl("tree_accept", TORCH_BOX(&clover2::cpu::tree_accept));
   library.impl("commit_kv", TORCH_BOX(&clover2::cpu::commit_kv));
   library.impl("context_nodes", TORCH_BOX(&clover2::cpu::context_nodes));
+  library.impl("add_candidates", TORCH_BOX(&clover2::cpu::add_candidates));
+  library.impl("best_candidates", TORCH_BOX(&clover2::cpu::best_candidates));
 }

@@ -34,4 +34,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> context_nodes(
     int64_t min_match, int64_t max_match, int64_t max_places, int64_t max_depth,
     int64_t max_nodes);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_candidates(
+    Tensor& tokens, Tensor& parents, Tensor& joint, Tensor& below,
+    Tensor& credit, Tensor& by_head, const Tensor& depths, const Tensor& beside,
+    int64_t first, int64_t level, const Tensor& rows, const Tensor& open,
+    const Tensor& asked, const Tensor& child_values, const Tensor& child_tokens,
+    int64_t width);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> best_candidates(
+    const Tensor& tokens, const Tensor& parents, const Tensor& joint,
+    const Tensor& below, const Tensor& depths, int64_t num_nodes);
+
 }  // namespace clover2::cpu

@@ -6,6 +6,7 @@ states of such rows wait here, and when the head is asked for a request again th
 made up for in one batched pass: the draft's KV is then what it would have been.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -83,6 +84,7 @@ class HiddenBacklog:
         self._block_size = block_size
         self._waiting: dict[str, _Waiting] = {}
         self._complete: set[int] = set()
+        self.given_up: Counter[str] = Counter()  # requests, by reason
 
     def add(
         self,
@@ -102,6 +104,8 @@ class HiddenBacklog:
                 # the prefix cache.
                 cached = block_table[index, : -(-first // self._block_size)]
                 missing = not self._complete.issuperset(cached.tolist())
+                if missing:
+                    self.given_up["cached prefix without draft KV: no head"] += 1
                 waiting = self._waiting[request] = _Waiting(first, missing)
             touched = block_table[
                 index, first // self._block_size : -(-end // self._block_size)
@@ -122,6 +126,7 @@ class HiddenBacklog:
             longest = max(self._waiting.values(), key=lambda one: one.count)
             longest.clear()
             longest.missing = True
+            self.given_up["waited too long for draft KV: no head"] += 1
 
     def sizes(self, requests: Sequence[str]) -> np.ndarray:
         """Rows that wait [n] int64; -1 where the draft's KV cannot be made up for."""

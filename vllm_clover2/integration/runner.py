@@ -373,11 +373,12 @@ class Clover2WorkerMixin:
         return times
 
     def clover2_stats(self) -> dict[str, int]:
-        """How often a request got less than its tree, by reason.
+        """Nodes verified and accepted by source, and why some got less than a tree.
 
         For ``LLM.collective_rpc("clover2_stats")``.
         """
-        return dict(self.model_runner.drafts.counts)
+        runner = self.model_runner
+        return dict(runner.drafts.counts + runner.drafting.backlog.given_up)
 
     def clover2_step_milliseconds(self) -> dict[int, float]:
         """Time of a step by its rows, measured at start and learned since.

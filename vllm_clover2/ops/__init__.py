@@ -10,17 +10,20 @@ import functools
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from vllm_clover2.ops import reference, schema
+from vllm_clover2.ops import candidates, reference, schema
 from vllm_clover2.ops.layout import KVLayout
 from vllm_clover2.tree.context import ContextNodes
 
 __all__ = [
     "ContextNodes",
     "KVLayout",
+    "add_candidates",
     "backend",
+    "best_candidates",
     "commit_kv",
     "context_nodes",
     "library_path",
@@ -58,11 +61,15 @@ def _load() -> str | None:
 
 @functools.cache
 def backend(device_type: str = "cpu") -> str:
-    """``native`` if this device type runs compiled kernels, else ``reference``."""
+    """``native`` if this device type runs compiled kernels, else ``reference``.
+
+    Ops of ``schema.WITHOUT_KERNEL`` do not count: there is no kernel to be missing.
+    """
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     if key is None:
         return "reference"
-    names = [f"{schema.NAMESPACE}::{name}" for name in schema.SCHEMAS]
+    without = schema.WITHOUT_KERNEL.get(device_type, set())
+    names = [f"{schema.NAMESPACE}::{name}" for name in schema.SCHEMAS.keys() - without]
     # No public function asks the dispatcher; this one is stable since torch 1.5.
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # noqa: SLF001
     return "native" if all(has_kernel(name, key) for name in names) else "reference"
@@ -107,13 +114,47 @@ def _fake_context_nodes(
     )
 
 
+def _fake_add_candidates(*inputs: Any) -> tuple[torch.Tensor, ...]:
+    depths, rows, child_values, width = (inputs[i] for i in (6, 10, 13, 15))
+    level = depths.shape[1] + rows.shape[1] * child_values.shape[1]
+    shape = (rows.shape[0], min(width, level))
+    return (
+        *(rows.new_empty(shape) for _ in range(3)),
+        child_values.new_empty(shape),
+    )
+
+
+def _fake_best_candidates(
+    tokens: torch.Tensor,
+    parents: torch.Tensor,
+    joint: torch.Tensor,
+    below: torch.Tensor,
+    depths: torch.Tensor,
+    num_nodes: int,
+) -> tuple[torch.Tensor, ...]:
+    del parents, below
+    shape = (tokens.shape[0], min(num_nodes, tokens.shape[1] - 1))
+    return (
+        tokens.new_empty(shape),
+        depths.new_empty(shape),
+        depths.new_empty(shape),
+        joint.new_empty(shape),
+        depths.new_empty(shape[:1]),
+    )
+
+
 _LIBRARY = schema.register(
-    {name: getattr(reference, name) for name in schema.SCHEMAS},
+    {
+        name: getattr(reference, name, None) or getattr(candidates, name)
+        for name in schema.SCHEMAS
+    },
     {
         "tree_attention": _fake_nothing,
         "tree_accept": _fake_tree_accept,
         "commit_kv": _fake_nothing,
         "context_nodes": _fake_context_nodes,
+        "add_candidates": _fake_add_candidates,
+        "best_candidates": _fake_best_candidates,
     },
 )
 _WHY_REFERENCE = _load()
@@ -199,6 +240,11 @@ def context_nodes(
             max_nodes,
         )
     )  # fmt: skip
+
+
+# See ops/candidates.py for the arguments and results of these two.
+add_candidates = torch.ops.clover2.add_candidates.default
+best_candidates = torch.ops.clover2.best_candidates.default
 
 
 def top_k_log_probs(logits, k):  # TEMPORARY

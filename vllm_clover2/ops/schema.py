@@ -34,7 +34,22 @@ SCHEMAS: dict[str, str] = {
         "(Tensor tokens, Tensor parents, Tensor depths, Tensor matches, "
         "Tensor places, Tensor sizes)"
     ),
+    "add_candidates": (
+        "(Tensor(a!) tokens, Tensor(b!) parents, Tensor(c!) joint, "
+        "Tensor(d!) below, Tensor(e!) credit, Tensor(f!) by_head, Tensor depths, "
+        "Tensor beside, int first, int level, Tensor rows, Tensor open_, "
+        "Tensor asked, Tensor child_values, Tensor child_tokens, int width) -> "
+        "(Tensor rows, Tensor tokens, Tensor parents, Tensor open)"
+    ),
+    "best_candidates": (
+        "(Tensor tokens, Tensor parents, Tensor joint, Tensor below, Tensor depths, "
+        "int num_nodes) -> (Tensor rows, Tensor parents, Tensor depths, "
+        "Tensor joint, Tensor sizes)"
+    ),
 }
+
+# Ops whose reference serves a device type even where the library is built.
+WITHOUT_KERNEL: dict[str, set[str]] = {"cuda": {"add_candidates", "best_candidates"}}
 
 
 def register(

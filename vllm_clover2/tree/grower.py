@@ -47,7 +47,8 @@ class TreeGrower:
         limits = limits or self.options.dynamic_tree()
         if context is None:
             context = ContextCandidates.none(len(hidden), hidden.device)
-        pool = CandidatePool(context)
+        room = limits.num_candidates if draft is not None else 0
+        pool = CandidatePool(context, room)
         levels = asked = 0
         if draft is not None:
             levels, asked = ask_draft(pool, draft, hidden, limits, ask)

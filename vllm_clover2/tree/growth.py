@@ -8,10 +8,14 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from vllm_clover2.tree.candidates import CandidatePool, Frontier
+from vllm_clover2.tree.candidates import CandidatePool
 from vllm_clover2.tree.context import ContextCandidates
 from vllm_clover2.tree.shapes import TreeShape
 from vllm_clover2.tree.types import GrownTrees, Source, TopK
+
+
+_LEAST_OPEN = 1e-30
+"""Below is nothing: a place of the frontier without a node."""
 
 
 class Draft(Protocol):
@@ -49,6 +53,11 @@ class DynamicTree:
     # for both nothing is looked at.
     min_expanded: float = 0.0
     min_level_mass: float = 0.0
+
+    @property
+    def num_candidates(self) -> int:
+        """Children of the root and of all nodes of a request that are expanded."""
+        return self.top_k * (1 + (self.depth - 1) * self.top_k)
 
     def without_nodes_below(self, joint: float) -> "DynamicTree":
         """The limits of trees in which no less likely node than ``joint`` counts.
@@ -93,7 +102,8 @@ def grow_dynamic(
     than its parent, so parents come first and every prefix is the best tree of its
     size.
     """
-    pool = CandidatePool(ContextCandidates.none(len(hidden), hidden.device))
+    context = ContextCandidates.none(len(hidden), hidden.device)
+    pool = CandidatePool(context, tree.num_candidates)
     ask_draft(pool, draft, hidden, tree)
     return pool.best(tree.num_nodes)
 
@@ -118,65 +128,34 @@ def ask_draft(
     if ask is not None:
         frontier = frontier._replace(open=frontier.open * ask[:, None])
     levels = nodes = 0
-    state = hidden[:, None]
+    state = hidden
     for level in range(tree.depth):
         asked = _worth_asking(frontier.open.flatten(), tree)
         if asked is None:
             break
+        above = state[frontier.parents.flatten()[asked]]
         if level == 0:
-            grown, children = draft.first_top_k(hidden[asked], tree.top_k)
+            state, children = draft.first_top_k(above, tree.top_k)
         else:
-            above = frontier.parents[:, :, None].expand(-1, -1, state.shape[-1])
-            above = state.gather(1, above).flatten(0, 1)
-            grown, children = draft.advance_top_k(
-                above[asked], frontier.tokens.flatten()[asked], tree.top_k
-            )
-        state, children, was_asked = _in_place(
-            grown, _kept_children(children, tree), asked, frontier
-        )
-        levels, nodes = levels + 1, nodes + len(grown)
-        frontier = pool.add(frontier, children, was_asked, tree.top_k)
+            tokens = frontier.tokens.flatten()[asked]
+            state, children = draft.advance_top_k(above, tokens, tree.top_k)
+        levels, nodes = levels + 1, nodes + len(state)
+        children = _kept_children(children, tree)
+        frontier = pool.add(frontier, children, asked, tree.top_k)
     return levels, nodes
 
 
 def _worth_asking(
     open_: torch.Tensor,  # [M] joint probability that the draft can add below a node
     tree: DynamicTree,
-) -> torch.Tensor | slice | None:
-    """Index of the nodes that the draft is asked about; None if it is not worth it."""
+) -> torch.Tensor | None:
+    """Places [A] int64 of the nodes to ask the draft about; None if no level pays."""
     if not tree.min_expanded and not tree.min_level_mass:
-        return slice(None)
-    asked = (open_ >= tree.min_expanded).nonzero()[:, 0]
+        return torch.arange(len(open_), device=open_.device)
+    asked = (open_ >= max(tree.min_expanded, _LEAST_OPEN)).nonzero()[:, 0]
     if not len(asked) or float(open_[asked].sum()) < tree.min_level_mass:
         return None
-    return slice(None) if len(asked) == len(open_) else asked
-
-
-def _in_place(
-    state: torch.Tensor,  # [A, H] of the nodes that were asked about
-    children: TopK,  # [A, k]
-    asked: torch.Tensor | slice,  # their places in the frontier, flat
-    frontier: Frontier,
-) -> tuple[torch.Tensor, TopK, torch.Tensor]:
-    """States [B, F, H] and children [B, F, k] of the whole frontier, and who was asked.
-
-    The others get no children and a state of zeros.
-    """
-    shape = frontier.rows.shape
-
-    def everywhere(rows: torch.Tensor, other: float) -> torch.Tensor:
-        if isinstance(asked, slice):
-            return rows.unflatten(0, shape)
-        full = rows.new_full((shape.numel(), *rows.shape[1:]), other)
-        full[asked] = rows
-        return full.unflatten(0, shape)
-
-    was_asked = torch.ones(len(state), dtype=torch.bool, device=state.device)
-    return (
-        everywhere(state, 0.0),
-        TopK(everywhere(children.values, -torch.inf), everywhere(children.tokens, 0)),
-        everywhere(was_asked, False),
-    )
+    return asked
 
 
 class _Level(NamedTuple):

@@ -51,7 +51,7 @@ class TreeOptions(pydantic.BaseModel):
                 f"({self.context_max_match}), found {self.context_min_match}"
             )
         if self.tree == "dynamic" and not self.context:
-            candidates = self.top_k + (self.depth - 1) * self.top_k**2
+            candidates = self.dynamic_tree().num_candidates
             if self.num_nodes > candidates:
                 raise ValueError(
                     f"num_speculative_tokens must be at most {candidates}, all nodes "

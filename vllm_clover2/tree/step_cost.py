@@ -21,7 +21,7 @@ _DRIFT = 1e-4
 _NOISE = 0.05
 """Standard deviation of a step, relative, where nothing disturbs it."""
 _OUTLIER = 3.0
-"""Standard deviations beyond which an observation is cut off."""
+"""Standard deviations beyond which an observation is doubted."""
 _TABLE_AGE = 16
 """Observations after which the times by rows are computed anew."""
 
@@ -84,7 +84,10 @@ class StepCost:
         own = np.concatenate([base, spread]) * _OWN_ERROR
         self._first = np.outer(scale, scale) + np.diag(own**2)
         self._covariance = self._first.copy()
-        self._error = _NOISE * step  # running size of residuals, seconds
+        # Running size of how residuals differ from one to the next, seconds: what they
+        # have in common is for the mean to learn and no noise.
+        self._error = _NOISE * step
+        self._residual = 0.0  # the last one
         self.version = 0  # rises with every observation
         self._passes: tuple[int, np.ndarray] | None = None  # version, by rows
 
@@ -130,11 +133,15 @@ class StepCost:
         predicted = float(x @ self._mean)
         residual = seconds - predicted
         limit = _OUTLIER * max(self._error, _NOISE * predicted)
-        self._error += 0.05 * (min(abs(residual), limit) - self._error)
-        residual = float(np.clip(residual, -limit, limit))
+        change = abs(residual - self._residual) / np.sqrt(2.0)
+        self._error += 0.05 * (min(float(change), limit) - self._error)
+        self._residual = residual
+        # What is far off counts as noisier by as much: little, but if it goes on being
+        # so, it is believed.
+        doubt = max(1.0, abs(residual) / limit)
         self._covariance += _DRIFT * self._first
         toward = self._covariance @ x
-        noise = max(self._error, _NOISE * predicted) ** 2
+        noise = max(self._error, _NOISE * predicted) ** 2 * doubt**2
         gain = toward / (float(x @ toward) + noise)
         self._mean += gain * residual
         self._covariance -= np.outer(gain, toward)

@@ -140,7 +140,7 @@ def paths_of(trees: GrownTrees, request: int) -> list[Path]:
 def test_pool_is_that_of_a_search_by_paths(hidden, vocabulary, tree, seed) -> None:
     toy_draft = ToyDraft(vocabulary)
     context = judged(len(hidden), 40, seed)
-    pool = CandidatePool(context)
+    pool = CandidatePool(context, tree.num_candidates)
     ask_draft(pool, toy_draft, hidden, tree)
     trees = pool.best(tree.num_nodes)
     for request in range(len(hidden)):
@@ -217,7 +217,7 @@ def test_a_chain_follows_the_likeliest_children(toy_draft, hidden) -> None:
     grower = TreeGrower(options)
     context = judged(len(hidden), 40, seed=8)
     chains = grower.grow(toy_draft, hidden, context).trees
-    pool = CandidatePool(context)
+    pool = CandidatePool(context, options.dynamic_tree().num_candidates)
     ask_draft(pool, toy_draft, hidden, options.dynamic_tree())
     whole = pool.best(63)
     for request in range(len(hidden)):
@@ -240,7 +240,7 @@ def test_a_chain_of_an_empty_tree_is_empty() -> None:
 def test_credit_is_the_texts_share(toy_draft, hidden) -> None:
     """Of a mixture w + (1 - W) q a token owes w to the text."""
     context = judged(len(hidden), 20, seed=1)
-    pool = CandidatePool(context)
+    pool = CandidatePool(context, 8)
     ask_draft(pool, toy_draft, hidden, DynamicTree(25, top_k=8, depth=1))
     credit = pool.walk().credit
     first = context.nodes.depths == 1
