@@ -48,9 +48,10 @@ def parse_args() -> argparse.Namespace:
     option(
         "--methods",
         nargs="+",
-        default=["none", "clover2_chain", "clover2"],
+        default=["none", "clover2_head", "clover2"],
         choices=list(METHODS),
-        help="'none' is vLLM without speculation, 'clover2' the dynamic tree",
+        help="'none' is vLLM without speculation; 'clover2' grows trees from the head "
+        "and the request's own text, 'clover2_head' from the head alone",
     )
     option("--repeats", type=int, default=3, help="rounds per method")
     option("--target", type=Path, default=Path("build/SmolLM2-135M-Instruct"))
@@ -76,10 +77,10 @@ def engine_arguments(args: argparse.Namespace, method: str) -> dict[str, Any]:
         "max_num_seqs": args.concurrency,
         "kv_cache_memory_bytes": KV_CACHE_BYTES,
     }
-    if (tree := METHODS[method].tree) is not None:
-        speculation = {"method": "clover2", "model": str(args.head), "tree": tree}
+    if (options := METHODS[method].options) is not None:
+        speculation = {"method": "clover2", "model": str(args.head), **options}
         # A chain is as long as its head was trained for.
-        if args.num_speculative_tokens and tree != "chain":
+        if args.num_speculative_tokens and options.get("tree") != "chain":
             speculation["num_speculative_tokens"] = args.num_speculative_tokens
         arguments["speculative_config"] = speculation
         arguments["per_request_spec_decode_metrics"] = "detailed"

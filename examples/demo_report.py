@@ -13,17 +13,18 @@ from vllm_clover2.bench.figures import Steps
 
 
 class Method(NamedTuple):
-    """A way to generate: its name in tables, and its kind of tree if it drafts."""
+    """A way to generate: its name in tables, and clover2's options if it drafts."""
 
     title: str
-    tree: str | None
+    options: dict[str, Any] | None
 
 
 METHODS = {
     "none": Method("vLLM alone", None),
-    "clover2_chain": Method("clover2, chain", "chain"),
-    "clover2_static": Method("clover2, static tree", "static"),
-    "clover2": Method("clover2, dynamic tree", "dynamic"),
+    "clover2_chain": Method("clover2, chain", {"tree": "chain"}),
+    "clover2_static": Method("clover2, static tree", {"tree": "static"}),
+    "clover2_head": Method("clover2, head alone", {"context": False}),
+    "clover2": Method("clover2", {}),
 }
 
 

@@ -96,7 +96,6 @@ def test_engines_are_told_what_a_user_would_tell_them(monkeypatch):
     assert arguments["speculative_config"] == {
         "method": "clover2",
         "model": "folder",
-        "tree": "dynamic",
         "num_speculative_tokens": 9,
     }
     chain = demo.engine_arguments(args, "clover2_chain")["speculative_config"]
