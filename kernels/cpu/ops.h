@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -33,5 +34,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> context_nodes(
     const Tensor& history, const Tensor& requests, const Tensor& lengths,
     int64_t min_match, int64_t max_match, int64_t max_places, int64_t max_depth,
     int64_t max_nodes);
+
+std::tuple<Tensor, Tensor> top_k_log_probs(const Tensor& logits, int64_t k);
+
+Tensor int8_product(const Tensor& input, const Tensor& packed,
+                    const Tensor& scales, const std::optional<Tensor>& bias);
+
+std::tuple<Tensor, Tensor> recurrent_step(
+    const Tensor& state, const Tensor& embedding, std::vector<Tensor> query,
+    std::vector<Tensor> of_embedding, std::vector<Tensor> output,
+    const Tensor& input_norm, const Tensor& output_norm, int64_t num_heads,
+    double eps);
 
 }  // namespace clover2::cpu
