@@ -17,6 +17,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <memory>
 #include <new>
@@ -122,31 +123,45 @@ struct Int8Rows {
   Rows<int32_t> sums;
 };
 
-// out[rows][stride] = inputs * weight^T + bias.
-void multiply(const DraftKernels& kernels, const Int8Rows& inputs,
-              const Int8Weight& weight, void* out, int64_t stride,
-              ScalarType dtype, int64_t element_size) {
-  torch::stable::parallel_for(
-      0, weight.groups(), 1, [&](int64_t begin, int64_t end) {
-        const Rows<int32_t> sums(inputs.rows, kGroupOutputs);
-        for (int64_t group = begin; group < end; ++group) {
-          const int64_t first = group * kGroupOutputs;
-          kernels.multiply(inputs.values[0], inputs.rows, weight.depth,
-                           weight.packed + first * weight.depth, sums[0]);
-          kernels.finish(
-              {sums[0], inputs.rows, inputs.scales[0], inputs.sums[0],
-               weight.scales + first,
-               weight.bias == nullptr ? nullptr : weight.bias + first,
-               std::min(kGroupOutputs, weight.outputs - first),
-               static_cast<char*>(out) + first * element_size, stride, dtype});
-        }
-      });
+// One group of out[rows][stride] = inputs * weight^T + bias.
+void multiply_group(const DraftKernels& kernels, const Int8Rows& inputs,
+                    const Int8Weight& weight, int64_t group,
+                    const Rows<int32_t>& sums, void* out, int64_t stride,
+                    ScalarType dtype, int64_t element_size) {
+  const int64_t first = group * kGroupOutputs;
+  kernels.multiply(inputs.values[0], inputs.sums[0], inputs.rows, weight.depth,
+                   weight.packed + first * weight.depth, sums[0]);
+  kernels.finish({sums[0], inputs.rows, inputs.scales[0], weight.scales + first,
+                  weight.bias == nullptr ? nullptr : weight.bias + first,
+                  std::min(kGroupOutputs, weight.outputs - first),
+                  static_cast<char*>(out) + first * element_size, stride,
+                  dtype});
 }
 
-void multiply(const DraftKernels& kernels, const Int8Rows& inputs,
-              const Int8Weight& weight, const Rows<float>& out) {
-  multiply(kernels, inputs, weight, out[0], out.size(), ScalarType::Float,
-           sizeof(float));
+// A product whose result the next one of a recurrent step reads.
+struct Product {
+  const Int8Rows& inputs;
+  const Int8Weight& weight;
+  const Rows<float>& out;
+};
+
+// Products that do not depend on each other: threads wait for each other once.
+void multiply(const DraftKernels& kernels,
+              std::initializer_list<Product> products) {
+  int64_t groups = 0;
+  for (const Product& product : products) groups += product.weight.groups();
+  torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+    const Rows<int32_t> sums(products.begin()->inputs.rows, kGroupOutputs);
+    int64_t first = 0;  // group of the product among all
+    for (const auto& [inputs, weight, out] : products) {
+      const int64_t last = std::min(end - first, weight.groups());
+      for (int64_t i = std::max<int64_t>(begin - first, 0); i < last; ++i) {
+        multiply_group(kernels, inputs, weight, i, sums, out[0], out.size(),
+                       ScalarType::Float, sizeof(float));
+      }
+      first += weight.groups();
+    }
+  });
 }
 
 // Calls body(row) for every row, many of them by several threads.
@@ -221,9 +236,16 @@ Tensor int8_product(const Tensor& input,   // [M, K]
       read_row(kernels, input, first + row, floats[row], floats.size());
       inputs.set(kernels, row, floats[row]);
     });
-    multiply(kernels, inputs, weight,
-             static_cast<char*>(out.mutable_data_ptr()) + first * row_bytes,
-             weight.outputs, input.scalar_type(), out.element_size());
+    char* target = static_cast<char*>(out.mutable_data_ptr()) +
+                   first * row_bytes;
+    const auto multiply_some = [&](int64_t begin, int64_t end) {
+      const Rows<int32_t> sums(count, kGroupOutputs);
+      for (int64_t group = begin; group < end; ++group) {
+        multiply_group(kernels, inputs, weight, group, sums, target,
+                       weight.outputs, input.scalar_type(), out.element_size());
+      }
+    };
+    torch::stable::parallel_for(0, weight.groups(), 1, multiply_some);
   }
   return out;
 }
@@ -256,7 +278,8 @@ std::tuple<Tensor, Tensor> recurrent_step(
   const auto small = static_cast<float>(eps);
 
   const Rows<float> norms(2, size);
-  for (const auto& [index, norm] : {std::pair(0, &input_norm), {1, &output_norm}}) {
+  for (const auto& [index, norm] :
+       {std::pair(0, &input_norm), std::pair(1, &output_norm)}) {
     std::fill(norms[index], norms[index] + norms.size(), 0.0f);
     kernels.to_float(norm->const_data_ptr(), norm->scalar_type(), size,
                      norms[index]);
@@ -275,8 +298,8 @@ std::tuple<Tensor, Tensor> recurrent_step(
     kernels.rms_norm(scratch, norms[0], size, small);
     inputs.set(kernels, row, scratch);
   });
-  multiply(kernels, inputs, of_state, queries);
-  multiply(kernels, token_inputs, of_token, of_tokens);
+  multiply(kernels, {{inputs, of_state, queries},
+                     {token_inputs, of_token, of_tokens}});
   for_rows(rows, [&](int64_t row) {
     const float* key = of_tokens[row];
     kernels.add_cosine(queries[row], key, key + size, num_heads,
@@ -284,7 +307,7 @@ std::tuple<Tensor, Tensor> recurrent_step(
     write_row(kernels, states[row], next, row);
     inputs.set(kernels, row, states[row]);
   });
-  multiply(kernels, inputs, of_next, queries);
+  multiply(kernels, {{inputs, of_next, queries}});
   for_rows(rows, [&](int64_t row) {
     float* result = queries[row];
     const float* of_its_token = of_tokens[row] + 2 * size;

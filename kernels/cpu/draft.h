@@ -18,15 +18,17 @@ constexpr int64_t kBytesPerWord = 4;
 // Added to int8 weights, which makes them the unsigned factor that VNNI needs.
 constexpr int32_t kWeightZero = 128;
 
+// Rows of smaller inputs are rounded to 0: 127 / input would be infinite.
+constexpr float kLeastInput = 1e-36f;
+
 // Float rows that a kernel reads are padded to a multiple of this.
 constexpr int64_t kRowStep = 64;
 
 // The 64 sums of some rows that a group of weights contributes to.
 struct GroupSums {
-  const int32_t* sums;          // [rows][64] of (weight + 128) * input
+  const int32_t* sums;          // [rows][64] of weight * input
   int64_t rows;
   const float* row_scales;      // [rows]
-  const int32_t* row_sums;      // [rows] of inputs
   const float* output_scales;   // [outputs]
   const float* bias;            // [outputs] or null
   int64_t outputs;              // that exist, at most 64
@@ -57,10 +59,10 @@ struct DraftKernels {
   void (*add_cosine)(const float* query, const float* key, const float* value,
                      int64_t heads, int64_t dim, float eps, float* state);
 
-  // sums[rows][64] of inputs [rows][depth] and one group of weights
-  // [depth / 4][64][4].
-  void (*multiply)(const int8_t* inputs, int64_t rows, int64_t depth,
-                   const uint8_t* weights, int32_t* sums);
+  // sums[rows][64] of inputs [rows][depth], whose own sums are row_sums[rows],
+  // and one group of weights [depth / 4][64][4].
+  void (*multiply)(const int8_t* inputs, const int32_t* row_sums, int64_t rows,
+                   int64_t depth, const uint8_t* weights, int32_t* sums);
 
   // Scales sums, adds the bias, writes the result.
   void (*finish)(const GroupSums& group);

@@ -26,7 +26,7 @@ using torch::headeronly::ScalarType;
 namespace clover2::cpu {
 namespace {
 
-void multiply(const int8_t* inputs, int64_t rows, int64_t depth,
+void multiply(const int8_t* inputs, const int32_t*, int64_t rows, int64_t depth,
               const uint8_t* weights, int32_t* sums) {
   for (int64_t row = 0; row < rows; ++row) {
     const int8_t* input = inputs + row * depth;
@@ -36,7 +36,7 @@ void multiply(const int8_t* inputs, int64_t rows, int64_t depth,
     for (int64_t i = 0; i < depth; i += kBytesPerWord) {
       for (int64_t output = 0; output < kGroupOutputs; ++output) {
         for (int64_t byte = 0; byte < kBytesPerWord; ++byte) {
-          out[output] += input[i + byte] * *weight++;
+          out[output] += input[i + byte] * (*weight++ - kWeightZero);
         }
       }
     }

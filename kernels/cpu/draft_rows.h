@@ -134,7 +134,8 @@ inline void quantize(const float* row, int64_t padded, int8_t* target,
     not_finite = not_finite + (x - x);
   }
   const float largest_size = largest(most);
-  const float inverse = largest_size > 0.0f ? 127.0f / largest_size : 0.0f;
+  const float inverse =
+      largest_size >= kLeastInput ? 127.0f / largest_size : 0.0f;
   *scale = largest_size / 127.0f + sum(not_finite);
   // Adding 1.5 * 2^23 rounds to an integer, found in the lowest bits.
   const floats shift = broadcast(0x1.8p23f);
@@ -176,10 +177,9 @@ void finish_rows(const GroupSums& group) {
   }
   for (int64_t row = 0; row < group.rows; ++row) {
     const int32_t* sums = group.sums + row * kGroupOutputs;
-    const int32_t zero = kWeightZero * group.row_sums[row];
     float results[kGroupOutputs];
     for (int64_t i = 0; i < kGroupOutputs; i += kLanes) {
-      const ints exact = load<ints>(sums + i) - zero;
+      const ints exact = load<ints>(sums + i);
       const floats scale =
           load_floats(scales + i) * broadcast(group.row_scales[row]);
       store_floats(results + i,

@@ -27,7 +27,9 @@ namespace {
 // Weights are read once, from far away: fetched this many bytes ahead.
 constexpr int64_t kAhead = 4096;
 
-using MultiplyRows = void (*)(const int8_t*, int64_t, const uint8_t*, int32_t*);
+using MultiplyRows = void (*)(const int8_t* inputs, const int32_t* row_sums,
+                              int64_t depth, const uint8_t* weights,
+                              int32_t* sums);
 
 inline int32_t word(const int8_t* bytes) {
   int32_t result;
@@ -50,15 +52,17 @@ inline int32_t word(const int8_t* bytes) {
 
 namespace clover2::cpu::avx512 {
 
-// kRows rows by 64 outputs: sums stay in registers.
+// kRows rows by 64 outputs: sums stay in registers. They start with what 128 in
+// every weight adds.
 template <int kRows>
-void multiply_rows(const int8_t* inputs, int64_t depth, const uint8_t* weights,
-                   int32_t* sums) {
+void multiply_rows(const int8_t* inputs, const int32_t* row_sums, int64_t depth,
+                   const uint8_t* weights, int32_t* sums) {
   __m512i sum[kRows][4];
 #pragma GCC unroll 4
   for (int row = 0; row < kRows; ++row) {
+    const __m512i start = _mm512_set1_epi32(-kWeightZero * row_sums[row]);
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) sum[row][v] = _mm512_setzero_si512();
+    for (int v = 0; v < 4; ++v) sum[row][v] = start;
   }
   for (int64_t i = 0; i < depth; i += kBytesPerWord) {
     __m512i weight[4];
@@ -86,13 +90,14 @@ void multiply_rows(const int8_t* inputs, int64_t depth, const uint8_t* weights,
   }
 }
 
-inline void multiply(const int8_t* inputs, int64_t rows, int64_t depth,
-                     const uint8_t* weights, int32_t* sums) {
+inline void multiply(const int8_t* inputs, const int32_t* row_sums,
+                     int64_t rows, int64_t depth, const uint8_t* weights,
+                     int32_t* sums) {
   constexpr MultiplyRows kernels[] = {multiply_rows<1>, multiply_rows<2>,
                                       multiply_rows<3>, multiply_rows<4>};
   for (int64_t row = 0; row < rows; row += 4) {
     const int64_t count = std::min<int64_t>(4, rows - row);
-    kernels[count - 1](inputs + row * depth, depth, weights,
+    kernels[count - 1](inputs + row * depth, row_sums + row, depth, weights,
                        sums + row * kGroupOutputs);
   }
 }
@@ -112,54 +117,62 @@ inline void multiply(const int8_t* inputs, int64_t rows, int64_t depth,
 
 namespace clover2::cpu::avx2 {
 
-// kRows rows by 8 outputs. Bytes become 16-bit numbers, whose products are
-// added in pairs: two sums for each output, in neighbouring lanes.
+// kRows rows by 16 outputs. Products of bytes are added in pairs, in 16 bits,
+// which holds twice 127 * 127: hence the first factor, which must be unsigned,
+// is the size of a weight, and its sign goes to the input.
 template <int kRows>
-void multiply_rows(const int8_t* inputs, int64_t depth, const uint8_t* weights,
-                   int32_t* sums) {
+void multiply_rows(const int8_t* inputs, const int32_t*, int64_t depth,
+                   const uint8_t* weights, int32_t* sums) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  const __m256i zero = _mm256_set1_epi8(static_cast<char>(kWeightZero));
   __m256i sum[kRows][2];
 #pragma GCC unroll 4
   for (int row = 0; row < kRows; ++row) {
     sum[row][0] = sum[row][1] = _mm256_setzero_si256();
   }
   for (int64_t i = 0; i < depth; i += kBytesPerWord) {
-    __m256i weight[2];
+    __m256i weight[2], size[2];
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
-      const void* bytes = weights + 16 * v;
-      weight[v] = _mm256_cvtepu8_epi16(
-          _mm_loadu_si128(static_cast<const __m128i*>(bytes)));
+      const void* bytes = weights + 32 * v;
+      // The lowest bytes of weight + 128 and weight - 128 are the same.
+      weight[v] = _mm256_xor_si256(
+          _mm256_loadu_si256(static_cast<const __m256i*>(bytes)), zero);
+      size[v] = _mm256_abs_epi8(weight[v]);
     }
     weights += kGroupOutputs * kBytesPerWord;
 #pragma GCC unroll 4
     for (int row = 0; row < kRows; ++row) {
-      const __m256i input = _mm256_cvtepi8_epi16(
-          _mm_set1_epi32(word(inputs + row * depth + i)));
+      const __m256i input = _mm256_set1_epi32(word(inputs + row * depth + i));
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) {
-        sum[row][v] = _mm256_add_epi32(sum[row][v],
-                                       _mm256_madd_epi16(weight[v], input));
+        const __m256i pairs = _mm256_maddubs_epi16(
+            size[v], _mm256_sign_epi8(input, weight[v]));
+        sum[row][v] =
+            _mm256_add_epi32(sum[row][v], _mm256_madd_epi16(pairs, ones));
       }
     }
   }
 #pragma GCC unroll 4
   for (int row = 0; row < kRows; ++row) {
-    // Adding neighbours leaves outputs 0, 1, 4, 5, 2, 3, 6, 7.
-    const __m256i mixed = _mm256_hadd_epi32(sum[row][0], sum[row][1]);
-    const __m256i sorted = _mm256_permute4x64_epi64(mixed, 0b11011000);
-    void* out = sums + row * kGroupOutputs;
-    _mm256_storeu_si256(static_cast<__m256i*>(out), sorted);
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      void* out = sums + row * kGroupOutputs + 8 * v;
+      _mm256_storeu_si256(static_cast<__m256i*>(out), sum[row][v]);
+    }
   }
 }
 
-inline void multiply(const int8_t* inputs, int64_t rows, int64_t depth,
-                     const uint8_t* weights, int32_t* sums) {
+inline void multiply(const int8_t* inputs, const int32_t* row_sums,
+                     int64_t rows, int64_t depth, const uint8_t* weights,
+                     int32_t* sums) {
   constexpr MultiplyRows kernels[] = {multiply_rows<1>, multiply_rows<2>,
                                       multiply_rows<3>, multiply_rows<4>};
-  for (int64_t row = 0; row < rows; row += 4) {
-    const int64_t count = std::min<int64_t>(4, rows - row);
-    for (int64_t output = 0; output < kGroupOutputs; output += 8) {
-      kernels[count - 1](inputs + row * depth, depth,
+  // All rows for some outputs, whose weights stay in L1 meanwhile.
+  for (int64_t output = 0; output < kGroupOutputs; output += 16) {
+    for (int64_t row = 0; row < rows; row += 4) {
+      const int64_t count = std::min<int64_t>(4, rows - row);
+      kernels[count - 1](inputs + row * depth, row_sums + row, depth,
                          weights + output * kBytesPerWord,
                          sums + row * kGroupOutputs + output);
     }

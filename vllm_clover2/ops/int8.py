@@ -16,6 +16,8 @@ GROUP = 64
 WORD = 4
 # Weights are stored unsigned, as -127..127 plus this.
 ZERO = 128
+# Rows of smaller inputs are rounded to 0: 127 / input would be infinite.
+LEAST_INPUT = 1e-36
 
 
 class Int8Weight(NamedTuple):

@@ -3,7 +3,7 @@
 
 import torch
 
-from vllm_clover2.ops.int8 import unpack_int8
+from vllm_clover2.ops.int8 import LEAST_INPUT, unpack_int8
 from vllm_clover2.ops.layout import KVLayout, head_size, read_tokens, write_tokens
 from vllm_clover2.tree.walk import first_matching_child, request_of_row
 
@@ -287,7 +287,7 @@ def int8_product(
     rows = input.float()
     largest = rows.abs().amax(dim=1, keepdim=True)
     finite = rows.isfinite().all(dim=1, keepdim=True)
-    inverse = torch.where(largest > 0, 127 / largest, 0.0)
+    inverse = torch.where(largest >= LEAST_INPUT, 127 / largest, 0.0)
     steps = torch.where(finite, (rows * inverse).round(), 0.0)
     weight = unpack_int8(packed, scales, input.shape[1])
     sums = (steps.double() @ weight.double().T).float()  # of integers below 2^53
