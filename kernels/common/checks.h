@@ -165,4 +165,37 @@ inline int64_t check_context_nodes(const Tensor& history,
   return requests.size(0);
 }
 
+// Rows of floats, each contiguous.
+inline void check_rows(const Tensor& tensor, const char* name) {
+  const ScalarType dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
+                      dtype == ScalarType::Half,
+                  name, " must be float32, bfloat16 or float16");
+  STD_TORCH_CHECK(tensor.dim() == 2, name, " must have 2 dimensions, found ",
+                  tensor.dim());
+  STD_TORCH_CHECK(tensor.size(1) == 1 || tensor.stride(1) == 1, "rows of ",
+                  name, " must be contiguous");
+}
+
+inline void check_recurrent_step(const Tensor& state, const Tensor& embedding,
+                                 const Tensor& input_norm,
+                                 const Tensor& output_norm, int64_t num_heads) {
+  check_rows(state, "state");
+  check_rows(embedding, "embedding");
+  const int64_t size = state.size(1);
+  STD_TORCH_CHECK(
+      embedding.size(0) == state.size(0) && embedding.size(1) == size,
+      "embedding must have the shape of state, ", state.size(0), " x ", size,
+      ", found ", embedding.size(0), " x ", embedding.size(1));
+  for (const Tensor* norm : {&input_norm, &output_norm}) {
+    STD_TORCH_CHECK(norm->dim() == 1 && norm->is_contiguous() &&
+                        norm->size(0) == size &&
+                        norm->scalar_type() == state.scalar_type(),
+                    "the norms must be vectors of ", size,
+                    " elements with the dtype of state");
+  }
+  STD_TORCH_CHECK(num_heads >= 1 && size % num_heads == 0,
+                  "num_heads must divide ", size, ", found ", num_heads);
+}
+
 }  // namespace clover2

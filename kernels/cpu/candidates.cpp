@@ -238,17 +238,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_candidates(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> best_candidates(
-    const Tensor& tokens,   // [B, T] int64
     const Tensor& parents,  // [B, T] int64
     const Tensor& joint,    // [B, T] float32
     const Tensor& below,    // [B, N] float32
     const Tensor& depths,   // [B, N] int32
     int64_t num_nodes) {
-  STD_TORCH_CHECK(tokens.dim() == 2 && depths.dim() == 2 && num_nodes >= 1,
-                  "tokens and depths must be matrices and num_nodes at least 1");
-  const int64_t requests = tokens.size(0), size = tokens.size(1);
+  STD_TORCH_CHECK(
+      parents.dim() == 2 && depths.dim() == 2 && num_nodes >= 1,
+      "parents and depths must be matrices and num_nodes at least 1");
+  const int64_t requests = parents.size(0), size = parents.size(1);
   const int64_t nodes = depths.size(1);
-  STD_TORCH_CHECK(size > nodes, "tokens must have a row for the root and the ",
+  STD_TORCH_CHECK(size > nodes, "parents must have a row for the root and the ",
                   nodes, " context nodes, found ", size);
   const Rows<int64_t> all_parents(parents, "parents", ScalarType::Long,
                                   requests, size);
@@ -260,14 +260,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> best_candidates(
                                  nodes);
   const int64_t most = std::min(num_nodes, size - 1);
   const auto column = [&](ScalarType dtype) {
-    return torch::stable::new_empty(tokens, {requests, most}, dtype);
+    return torch::stable::new_empty(parents, {requests, most}, dtype);
   };
   Tensor rows = column(ScalarType::Long);
   Tensor links = column(ScalarType::Int);
   Tensor tree_depths = column(ScalarType::Int);
   Tensor values = column(ScalarType::Float);
   Tensor sizes =
-      torch::stable::new_empty(tokens, {requests}, ScalarType::Int);
+      torch::stable::new_empty(parents, {requests}, ScalarType::Int);
 
   std::vector<float> log(size);
   std::vector<int32_t> row_of(size), depth_of(size);

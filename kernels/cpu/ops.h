@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -42,7 +43,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_candidates(
     int64_t width);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> best_candidates(
-    const Tensor& tokens, const Tensor& parents, const Tensor& joint,
-    const Tensor& below, const Tensor& depths, int64_t num_nodes);
+    const Tensor& parents, const Tensor& joint, const Tensor& below,
+    const Tensor& depths, int64_t num_nodes);
+std::tuple<Tensor, Tensor> top_k_log_probs(const Tensor& logits, int64_t k);
+
+Tensor int8_product(const Tensor& input, const Tensor& packed,
+                    const Tensor& scales, const std::optional<Tensor>& bias);
+
+std::tuple<Tensor, Tensor> recurrent_step(
+    const Tensor& state, const Tensor& embedding, std::vector<Tensor> query,
+    std::vector<Tensor> of_embedding, std::vector<Tensor> output,
+    const Tensor& input_norm, const Tensor& output_norm, int64_t num_heads,
+    double eps);
 
 }  // namespace clover2::cpu

@@ -121,6 +121,19 @@ CLOVER2_INLINE ints round_down(const floats& vector) {
 #endif
 }
 
+// Bit i: lane i of a is greater than that of b.
+CLOVER2_INLINE uint32_t greater(const floats& a, const floats& b) {
+#if CLOVER2_LANES == 16
+  return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
+#elif CLOVER2_LANES == 8
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ));
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kLanes; ++lane) bits |= (a[lane] > b[lane]) << lane;
+  return bits;
+#endif
+}
+
 CLOVER2_INLINE float largest(const floats& vector) {
   float result = vector[0];
   for (int lane = 1; lane < kLanes; ++lane) {

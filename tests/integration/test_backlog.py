@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which committed rows wait for their draft KV, and which requests lack some for good."""
+"""Which committed rows wait for their draft KV, and who lacks some for good."""
 
 import numpy as np
 import pytest

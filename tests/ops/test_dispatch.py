@@ -10,7 +10,7 @@ import torch
 from paging import page_requests, random_batch
 
 from vllm_clover2 import ops
-from vllm_clover2.ops import KVLayout
+from vllm_clover2.ops import KVLayout, schema
 
 
 def attention_arguments() -> dict:
@@ -69,11 +69,41 @@ def context_arguments() -> dict:
     }
 
 
+def top_k_arguments() -> dict:
+    return {"logits": torch.randn(3, 100).bfloat16(), "k": 8}
+
+
+def product_arguments() -> dict:
+    packed, scales, bias = ops.pack_int8(torch.randn(100, 72), torch.randn(100))
+    x = torch.randn(3, 72)
+    return {"input": x, "packed": packed, "scales": scales, "bias": bias}
+
+
+def step_arguments() -> dict:
+    def weight(outputs: int) -> list[torch.Tensor]:
+        return list(ops.pack_int8(torch.randn(outputs, 72), torch.randn(outputs)))
+
+    return {
+        "state": torch.randn(3, 72),
+        "embedding": torch.randn(3, 72),
+        "query": weight(72),
+        "of_embedding": weight(216),
+        "output": weight(72),
+        "input_norm": torch.ones(72),
+        "output_norm": torch.ones(72),
+        "num_heads": 4,
+        "eps": 1e-5,
+    }
+
+
 ARGUMENTS = {
     "tree_attention": attention_arguments,
     "tree_accept": accept_arguments,
     "commit_kv": commit_arguments,
     "context_nodes": context_arguments,
+    "top_k_log_probs": top_k_arguments,
+    "int8_product": product_arguments,
+    "recurrent_step": step_arguments,
 }
 
 
@@ -88,6 +118,23 @@ def test_compiled_kernels_are_registered() -> None:
     assert ops.library_path() is not None, "build the ops first (make test does)"
     assert ops.backend("cpu") == "native"
     assert ops.backend("meta") == "reference"
+
+
+def test_ops_that_need_no_kernel_do_not_count(monkeypatch) -> None:
+    """A device runs compiled kernels though some ops have none for it."""
+    for name in schema.WITHOUT_KERNEL["cuda"]:
+        assert name in schema.SCHEMAS
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    counted = []
+    monkeypatch.setattr(
+        torch._C,
+        "_dispatch_has_kernel_for_dispatch_key",
+        lambda name, key: counted.append(name) or has_kernel(name, key),
+    )
+    ops.backend.__wrapped__("cuda")
+    assert not {f"clover2::{n}" for n in schema.WITHOUT_KERNEL["cuda"]} & set(counted)
+    assert ops.backend.__wrapped__("cpu") == "native"
+    assert len(set(counted)) == len(schema.SCHEMAS)
 
 
 # Only the compiled kernels check their arguments: the message proves that they ran.
@@ -140,6 +187,19 @@ def test_compiled_kernels_are_registered() -> None:
         ("context_nodes", {"max_depth": 64}, "max_depth must be between 1 and 63"),
         ("context_nodes", {"max_nodes": 0}, "max_nodes must be between 1 and 128"),
         ("context_nodes", {"max_nodes": 129}, "max_nodes must be between 1 and 128"),
+        ("top_k_log_probs", {"k": 0}, "k must be 1 to 100"),
+        ("top_k_log_probs", {"k": 101}, "k must be 1 to 100"),
+        ("top_k_log_probs", {"logits": torch.zeros(9)}, "logits must have 2"),
+        ("top_k_log_probs", {"logits": torch.zeros(9, 9).double()}, "float32, bfloat"),
+        ("int8_product", {"input": torch.zeros(3, 130)}, "rows of 130, found weights"),
+        ("int8_product", {"packed": torch.zeros(72, 100)}, "packed by pack_int8"),
+        ("int8_product", {"scales": torch.zeros(129)}, "one per output"),
+        ("int8_product", {"bias": torch.zeros(99)}, "float32 vector of 100"),
+        ("recurrent_step", {"embedding": torch.zeros(2, 72)}, "shape of state"),
+        ("recurrent_step", {"num_heads": 5}, "must divide 72"),
+        ("recurrent_step", {"input_norm": torch.ones(36)}, "vectors of 72"),
+        ("recurrent_step", {"query": [torch.zeros(1)]}, "scales, bias, found 1"),
+        ("recurrent_step", {"output": step_arguments()["of_embedding"]}, "found 216"),
     ],
 )
 def test_native_kernels_check_their_arguments(name, changes, message) -> None:

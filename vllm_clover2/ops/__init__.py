@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops of drafting from the text and of verification: attend, accept, commit.
+"""The ops of drafting and of verification: score and grow; attend, accept, commit.
 
 Call them through the functions here. A compiled kernel runs where the library has one
 for the tensors' device, the pure-torch reference elsewhere, or everywhere with
@@ -15,19 +15,25 @@ from typing import Any
 import torch
 
 from vllm_clover2.ops import candidates, reference, schema
+from vllm_clover2.ops.int8 import Int8Weight, pack_int8
 from vllm_clover2.ops.layout import KVLayout
 from vllm_clover2.tree.context import ContextNodes
 
 __all__ = [
     "ContextNodes",
+    "Int8Weight",
     "KVLayout",
     "add_candidates",
     "backend",
     "best_candidates",
     "commit_kv",
     "context_nodes",
+    "int8_product",
     "library_path",
+    "pack_int8",
+    "recurrent_step",
     "reference_is_asked_for",
+    "top_k_log_probs",
     "tree_accept",
     "tree_attention",
 ]
@@ -125,22 +131,47 @@ def _fake_add_candidates(*inputs: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _fake_best_candidates(
-    tokens: torch.Tensor,
     parents: torch.Tensor,
     joint: torch.Tensor,
     below: torch.Tensor,
     depths: torch.Tensor,
     num_nodes: int,
 ) -> tuple[torch.Tensor, ...]:
-    del parents, below
-    shape = (tokens.shape[0], min(num_nodes, tokens.shape[1] - 1))
+    del below
+    shape = (parents.shape[0], min(num_nodes, parents.shape[1] - 1))
     return (
-        tokens.new_empty(shape),
+        parents.new_empty(shape),
         depths.new_empty(shape),
         depths.new_empty(shape),
         joint.new_empty(shape),
         depths.new_empty(shape[:1]),
     )
+
+
+def _fake_top_k_log_probs(
+    logits: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (logits.shape[0], k)
+    return (
+        logits.new_empty(shape, dtype=torch.float32),
+        logits.new_empty(shape, dtype=torch.int64),
+    )
+
+
+def _fake_int8_product(
+    input: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    del packed, bias
+    return input.new_empty((input.shape[0], scales.shape[0]))
+
+
+def _fake_recurrent_step(
+    state: torch.Tensor, *_: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(state), torch.empty_like(state)
 
 
 _LIBRARY = schema.register(
@@ -155,6 +186,9 @@ _LIBRARY = schema.register(
         "context_nodes": _fake_context_nodes,
         "add_candidates": _fake_add_candidates,
         "best_candidates": _fake_best_candidates,
+        "top_k_log_probs": _fake_top_k_log_probs,
+        "int8_product": _fake_int8_product,
+        "recurrent_step": _fake_recurrent_step,
     },
 )
 _WHY_REFERENCE = _load()
@@ -247,6 +281,50 @@ add_candidates = torch.ops.clover2.add_candidates.default
 best_candidates = torch.ops.clover2.best_candidates.default
 
 
-def top_k_log_probs(logits, k):  # TEMPORARY
-    v, i = torch.log_softmax(logits, -1, dtype=torch.float32).topk(k, -1)
-    return v, i
+def top_k_log_probs(
+    logits: torch.Tensor,  # [M, V] float32, bfloat16 or float16
+    k: int,  # 1..V
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest log-softmax values [M, k] float32 of each row, and their indices.
+
+    Of equal logits the lower index comes first; what is not finite counts as -inf. On
+    CUDA the reference serves.
+    """
+    result: tuple[torch.Tensor, torch.Tensor]
+    result = torch.ops.clover2.top_k_log_probs.default(logits, k)
+    return result
+
+
+def int8_product(
+    input: torch.Tensor,  # [M, K] float32, bfloat16 or float16
+    weight: Int8Weight,  # [N, K]
+) -> torch.Tensor:
+    """input W^T + bias [M, N], like input, with both factors rounded to int8.
+
+    On CUDA the reference serves.
+    """
+    result: torch.Tensor = torch.ops.clover2.int8_product.default(input, *weight)
+    return result
+
+
+def recurrent_step(
+    state: torch.Tensor,  # [M, H] float32, bfloat16 or float16
+    embedding: torch.Tensor,  # [M, H], any of these dtypes
+    query: Int8Weight,  # [H, H], with a bias
+    of_embedding: Int8Weight,  # [3 H, H]: key, value, the embedding's part of output
+    output: Int8Weight,  # [H, H]: the state's part
+    input_norm: torch.Tensor,  # [H]
+    output_norm: torch.Tensor,  # [H]
+    num_heads: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step of Clover-2's recurrence: the next state and the output, [M, H] each.
+
+    On CUDA the reference serves.
+    """
+    result: tuple[torch.Tensor, torch.Tensor]
+    result = torch.ops.clover2.recurrent_step.default(
+        state, embedding, list(query), list(of_embedding), list(output),
+        input_norm, output_norm, num_heads, eps,
+    )  # fmt: skip
+    return result

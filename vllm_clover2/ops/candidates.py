@@ -102,7 +102,6 @@ def add_candidates(
 
 
 def best_candidates(
-    tokens: torch.Tensor,  # [B, T] int64
     parents: torch.Tensor,  # [B, T] int64
     joint: torch.Tensor,  # [B, T] float32, log; rows 1..N are computed here
     below: torch.Tensor,  # [B, N] float32

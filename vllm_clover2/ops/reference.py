@@ -3,6 +3,7 @@
 
 import torch
 
+from vllm_clover2.ops.int8 import LEAST_INPUT, unpack_int8
 from vllm_clover2.ops.layout import KVLayout, head_size, read_tokens, write_tokens
 from vllm_clover2.tree.walk import first_matching_child, request_of_row
 
@@ -242,3 +243,86 @@ def _continuations(
             nodes[child - 1][4] += 1
             row = child
     return nodes
+
+
+def top_k_log_probs(
+    logits: torch.Tensor,  # [M, V] float32, bfloat16 or float16
+    k: int,  # 1..V
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest log-probabilities of each row and where they are.
+
+    Returns values [M, k] float32, falling and at most 0, and indices [M, k] int64; of
+    equal logits the lower index comes first. Logits that are NaN or infinite have
+    probability 0, and no row becomes NaN: one without finite logits has only -inf.
+    """
+    finite = torch.where(logits.isfinite(), logits.float(), -torch.inf)
+    log_probs = torch.log_softmax(finite, dim=-1)
+    # Rounding may lift log(1) above 0. Of -inf alone log_softmax makes NaN.
+    log_probs = log_probs.nan_to_num(-torch.inf, neginf=-torch.inf).clamp(max=0.0)
+    indices = _ranks(finite).topk(k, dim=-1).indices
+    return log_probs.gather(-1, indices), indices
+
+
+def _ranks(logits: torch.Tensor) -> torch.Tensor:
+    """Distinct int64 numbers that order the float32 values of a row, ties by index.
+
+    topk itself leaves the order of equal values open, and bf16 logits are often equal.
+    """
+    bits = (logits + 0.0).view(torch.int32)  # -0 becomes 0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    last = logits.shape[-1] - 1
+    return (ordered.long() << 32) + last - torch.arange(last + 1, device=logits.device)
+
+
+def int8_product(
+    input: torch.Tensor,  # [M, K] float32, bfloat16 or float16
+    packed: torch.Tensor,  # see int8.Int8Weight
+    scales: torch.Tensor,  # [N] float32
+    bias: torch.Tensor | None,  # [N] float32
+) -> torch.Tensor:
+    """input W^T + bias [M, N], like input; every input row is rounded to int8.
+
+    Sums are exact. A row with NaN or infinity becomes NaN.
+    """
+    rows = input.float()
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    finite = rows.isfinite().all(dim=1, keepdim=True)
+    inverse = torch.where(largest >= LEAST_INPUT, 127 / largest, 0.0)
+    steps = torch.where(finite, (rows * inverse).round(), 0.0)
+    weight = unpack_int8(packed, scales, input.shape[1])
+    sums = (steps.double() @ weight.double().T).float()  # of integers below 2^53
+    row_scales = torch.where(finite, largest / 127, torch.nan)
+    out = sums * (row_scales * scales)
+    return (out if bias is None else out + bias).to(input.dtype)
+
+
+def recurrent_step(
+    state: torch.Tensor,  # [M, H] float32, bfloat16 or float16
+    embedding: torch.Tensor,  # [M, H] of the tokens chosen after the states
+    query: list[torch.Tensor],  # int8.Int8Weight: H -> H
+    of_embedding: list[torch.Tensor],  # H -> 3 H: key, value, part of the output
+    output: list[torch.Tensor],  # H -> H: the state's part of the output
+    input_norm: torch.Tensor,  # [H], like state
+    output_norm: torch.Tensor,  # [H]
+    num_heads: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``model.layers.RecurrentHead.advance`` with int8 weights: next state and output.
+
+    Everything between the products is float32.
+    """
+    size = (num_heads, state.shape[1] // num_heads)
+
+    def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        return x * (weight.float() * scale)
+
+    queries = int8_product(norm(state.float(), input_norm), *query)
+    key, value, of_token = int8_product(embedding.float(), *of_embedding).chunk(3, -1)
+    cosine = torch.nn.functional.cosine_similarity(
+        queries.unflatten(1, size), key.unflatten(1, size), dim=-1, eps=eps
+    )
+    added = (cosine[..., None] * value.unflatten(1, size)).flatten(1)
+    following = state.float() + added
+    out = norm(int8_product(following, *output) + of_token, output_norm)
+    return following.to(state.dtype), out.to(state.dtype)

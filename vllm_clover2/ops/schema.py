@@ -42,14 +42,31 @@ SCHEMAS: dict[str, str] = {
         "(Tensor rows, Tensor tokens, Tensor parents, Tensor open)"
     ),
     "best_candidates": (
-        "(Tensor tokens, Tensor parents, Tensor joint, Tensor below, Tensor depths, "
+        "(Tensor parents, Tensor joint, Tensor below, Tensor depths, "
         "int num_nodes) -> (Tensor rows, Tensor parents, Tensor depths, "
         "Tensor joint, Tensor sizes)"
+    ),
+    "top_k_log_probs": "(Tensor logits, int k) -> (Tensor, Tensor)",
+    "int8_product": (
+        "(Tensor input, Tensor packed, Tensor scales, Tensor? bias) -> Tensor"
+    ),
+    "recurrent_step": (
+        "(Tensor state, Tensor embedding, Tensor[] query, Tensor[] of_embedding, "
+        "Tensor[] output, Tensor input_norm, Tensor output_norm, int num_heads, "
+        "float eps) -> (Tensor, Tensor)"
     ),
 }
 
 # Ops whose reference serves a device type even where the library is built.
-WITHOUT_KERNEL: dict[str, set[str]] = {"cuda": {"add_candidates", "best_candidates"}}
+WITHOUT_KERNEL: dict[str, set[str]] = {
+    "cuda": {
+        "add_candidates",
+        "best_candidates",
+        "top_k_log_probs",
+        "int8_product",
+        "recurrent_step",
+    }
+}
 
 
 def register(

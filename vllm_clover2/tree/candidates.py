@@ -104,7 +104,6 @@ class CandidatePool:
         every prefix is the best tree of its size.
         """
         rows, parents, depths, joint, sizes = ops.best_candidates(
-            self._tokens[:, : self._end],
             self._parents[:, : self._end],
             self._joint[:, : self._end],
             self._below,

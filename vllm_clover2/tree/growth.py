@@ -13,7 +13,6 @@ from vllm_clover2.tree.context import ContextCandidates
 from vllm_clover2.tree.shapes import TreeShape
 from vllm_clover2.tree.types import GrownTrees, Source, TopK
 
-
 _LEAST_OPEN = 1e-30
 """Below is nothing: a place of the frontier without a node."""
 
