@@ -15,11 +15,12 @@ from collections.abc import Callable
 import torch
 
 from vllm_clover2 import ops
+from vllm_clover2.model.layers import RecurrentHead
 from vllm_clover2.ops import KVLayout
 from vllm_clover2.tree import TreeBatch, paper_tree
 
 HEADS, KV_HEADS, DIM, BLOCK, LAYERS = 9, 3, 64, 128, 30  # SmolLM2-135M
-VOCABULARY = 49_152
+VOCABULARY, DRAFT_VOCABULARY = 49_152, 8192
 STORAGES = [
     (KVLayout.VEC, "vec", torch.float32),
     (KVLayout.VEC, "vec", torch.bfloat16),
@@ -151,6 +152,27 @@ def time_context(requests: int, length: int, repeats: int) -> None:
     )
 
 
+def time_growth(rows: int, repeats: int) -> None:
+    """One level of growing trees: a recurrent step, and scores of its outputs."""
+    head = RecurrentHead(HEADS * DIM, HEADS, 1e-5).bfloat16().requires_grad_(False)
+    head.quantize()
+    output = torch.randn(DRAFT_VOCABULARY, HEADS * DIM)
+    rounded = ops.pack_int8(output)
+    output = output.bfloat16()
+    state = torch.randn(rows, HEADS * DIM).bfloat16()
+    out = torch.randn_like(state)
+    logits = ops.int8_product(out, rounded)
+    step = median_ms(lambda: head.advance(state, state), repeats)
+    product = median_ms(lambda: ops.int8_product(out, rounded), repeats)
+    plain = median_ms(lambda: out @ output.T, repeats)
+    top_k = median_ms(lambda: ops.top_k_log_probs(logits, 8), repeats)
+    print(
+        f"growth          {rows:3} rows: recurrent_step {step:.3f} ms, int8_product "
+        f"{product:.3f} ms (torch in bf16 {plain:.3f} ms), top_k_log_probs "
+        f"{top_k:.3f} ms"
+    )
+
+
 def main() -> None:
     """Runs all measurements."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -165,6 +187,8 @@ def main() -> None:
         time_commit(requests, options.repeats)
     for requests, length in ((1, 2_000), (8, 2_000), (1, 32_768), (1, 131_072)):
         time_context(requests, length, options.repeats)
+    for rows in (1, 8, 64):
+        time_growth(rows, options.repeats)
 
 
 if __name__ == "__main__":

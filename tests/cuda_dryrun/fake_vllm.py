@@ -87,7 +87,7 @@ def _register_emulated_kernels() -> None:
     emulated = getattr(torch.ops, emulated_kernels.NAMESPACE)
     library = torch.library.Library(schema.NAMESPACE, "IMPL")  # noqa: TOR901
     fake_gpu.emulator.implementations = library  # lives as long as the process
-    for name in schema.SCHEMAS:
+    for name in schema.SCHEMAS.keys() - schema.WITHOUT_KERNEL["cuda"]:
         kernel = getattr(emulated, name).default
         library.impl(name, kernel, "CUDA")
         fake_gpu.kernels[getattr(torch.ops.clover2, name).default] = kernel

@@ -94,6 +94,15 @@ def test_broken_row_becomes_nan_alone(run_op, broken) -> None:
     assert actual[[0, 1, 3]].isfinite().all()
 
 
+def test_tiny_rows_become_zeros(run_op) -> None:
+    """127 / their largest element would be infinite."""
+    x = torch.randn(3, 100)
+    x[1] *= 1e-39
+    bias = torch.randn(70)
+    actual = product(run_op, x, pack_int8(torch.randn(70, 100), bias))
+    assert torch.equal(actual[1], bias)
+
+
 def test_more_rows_than_fit_in_the_cache(run_op) -> None:
     generator = torch.Generator().manual_seed(2)
     x, weight = whole_numbers(generator, 600, 80), whole_numbers(generator, 70, 80)
@@ -181,3 +190,24 @@ def test_all_instruction_sets_step_alike(run_op) -> None:
     expected = run_step(lambda _, **a: native(**a), state, embedding, weights)
     for ours, theirs in zip(run_step(run_op, state, embedding, weights), expected):
         assert distance(ours, theirs) < SAME_STEPS
+
+
+@pytest.mark.parametrize("broken", ["state", "embedding"])
+def test_diverged_state_proposes_nothing(run_op, broken) -> None:
+    """Its scores are -inf, and other rows are as without it."""
+    weights = step_weights(random_head(64, 4))
+    output = pack_int8(torch.randn(200, 64))
+    inputs = {"state": torch.randn(6, 64), "embedding": torch.randn(6, 64)}
+
+    def scores() -> list[torch.Tensor]:
+        _, out = run_step(run_op, arguments=weights, **inputs)
+        return run_op("top_k_log_probs", logits=product(run_op, out, output), k=8)
+
+    well_values, well_indices = scores()
+    inputs[broken][4, 9] = torch.nan
+    values, indices = scores()
+    others = torch.arange(6) != 4
+    assert torch.equal(values[others], well_values[others])
+    assert torch.equal(indices[others], well_indices[others])
+    assert values[4].eq(-torch.inf).all()
+    assert ((indices >= 0) & (indices < 200)).all()
