@@ -69,7 +69,7 @@ def test_options_reach_the_drafter(
         ({"top_k": 0}, "top_k: .*1"),
         ({"top_p": 0.0}, "top_p: .*greater than 0"),
         ({"top_p": 1.5}, "top_p: .*less than or equal to 1"),
-        ({"top_k": 1, "depth": 3}, "at most 3"),
+        ({"top_k": 1, "depth": 3, "context": False}, "at most 3"),
         ({"tree": "bushy"}, "tree"),
         ({"tree": []}, "1 to 63 nodes"),
         ({"tree": [[0, 0]]}, "parent of path"),

@@ -19,18 +19,22 @@ from vllm_clover2.integration.verify import (
 # 3: 5  4: 9   5: 5
 TOKENS = [7, 8, 5, 9, 5]
 PARENTS = np.array([0, 0, 1, 1, 2], dtype=np.int32)
+SOURCES = np.array([0, 1, 2, 1, 0], dtype=np.int8)
+TREE = Draft(10, TOKENS, PARENTS, SOURCES, is_chain=False)
 
 
 @pytest.fixture
 def store() -> DraftStore:
     store = DraftStore()
-    store.put("a", Draft(10, TOKENS, PARENTS, is_chain=False))
+    store.put("a", TREE)
     return store
 
 
 def test_a_draft_is_found_whole(store: DraftStore) -> None:
-    tokens, parents, is_chain = store.scheduled("a", 10, TOKENS)
-    assert (tokens, parents.tolist(), is_chain) == (TOKENS, PARENTS.tolist(), False)
+    draft = store.scheduled("a", 10, TOKENS)
+    assert (draft.tokens, draft.is_chain) == (TOKENS, False)
+    assert draft.parents.tolist() == PARENTS.tolist()
+    assert draft.sources.tolist() == SOURCES.tolist()
     assert not store.counts
 
 
@@ -38,10 +42,11 @@ def test_a_draft_is_found_whole(store: DraftStore) -> None:
 def test_a_trimmed_draft_is_the_tree_of_its_first_nodes(
     store: DraftStore, size: int
 ) -> None:
-    tokens, parents, is_chain = store.scheduled("a", 10, TOKENS[:size])
-    assert tokens == TOKENS[:size]
-    assert parents.tolist() == PARENTS[:size].tolist()
-    assert not is_chain
+    draft = store.scheduled("a", 10, TOKENS[:size])
+    assert draft.tokens == TOKENS[:size]
+    assert draft.parents.tolist() == PARENTS[:size].tolist()
+    assert draft.sources.tolist() == SOURCES[:size].tolist()
+    assert not draft.is_chain
     assert store.counts == {"trimmed by the scheduler": 1}
 
 
@@ -59,17 +64,18 @@ def test_a_trimmed_draft_is_the_tree_of_its_first_nodes(
 def test_anything_else_is_read_as_a_chain(
     store: DraftStore, request_id: str, num_tokens: int, tokens: list[int], reason: str
 ) -> None:
-    found, parents, is_chain = store.scheduled(request_id, num_tokens, tokens)
-    assert found == tokens
-    assert parents.tolist() == list(range(len(tokens)))
-    assert is_chain
+    draft = store.scheduled(request_id, num_tokens, tokens)
+    assert draft.tokens == tokens
+    assert draft.parents.tolist() == list(range(len(tokens)))
+    assert len(draft.sources) == len(tokens)
+    assert draft.is_chain
     assert store.counts == {reason: 1}
 
 
 def test_a_dropped_draft_is_unknown(store: DraftStore) -> None:
     store.drop("a")
     store.drop("never seen")
-    assert store.scheduled("a", 10, TOKENS)[2]
+    assert store.scheduled("a", 10, TOKENS).is_chain
 
 
 def test_likeliest_path_takes_first_children() -> None:
@@ -81,9 +87,10 @@ def test_likeliest_path_takes_first_children() -> None:
 
 def test_layout_of_prompts_chains_and_trees_in_one_step() -> None:
     """A chunk of a prompt, a tree, a chain, and a request without a draft."""
-    chain = ([3, 4], np.arange(2, dtype=np.int32), True)
+    links, sources = np.arange(2, dtype=np.int32), np.ones(2, dtype=np.int8)
+    chain = Draft(32, [3, 4], links, sources, is_chain=True)
     batch = VerifyBatch.build(
-        [None, (TOKENS, PARENTS, False), chain, None],
+        [None, TREE, chain, None],
         num_computed=np.array([0, 20, 31, 8]),
         num_scheduled=np.array([16, 6, 3, 1]),
     )
@@ -91,6 +98,7 @@ def test_layout_of_prompts_chains_and_trees_in_one_step() -> None:
     assert batch.root_positions.tolist() == [15, 20, 31, 8]
     assert batch.root_query_rows.tolist() == [15, 16, 22, 25]
     assert batch.tree_requests.tolist() == [1]
+    assert batch.sources.tolist() == [-1, -1, *SOURCES, -1, 1, 1, -1]
     assert batch.max_depth == 2
     assert batch.query_rows == 26
     positions = [15, 20, 21, 21, 22, 22, 22, 31, 32, 33, 8]
@@ -108,9 +116,7 @@ def test_layout_of_prompts_chains_and_trees_in_one_step() -> None:
 
 
 def test_only_trees() -> None:
-    batch = VerifyBatch.build(
-        [(TOKENS, PARENTS, False)] * 2, np.array([5, 9]), np.array([6, 6])
-    )
+    batch = VerifyBatch.build([TREE] * 2, np.array([5, 9]), np.array([6, 6]))
     rows = batch.tree_rows(torch.zeros((2, 1), dtype=torch.int32))
     assert rows is not None
     assert rows.covers_batch

@@ -19,6 +19,7 @@ from engines import Output, Request
 
 from vllm_clover2 import ops
 from vllm_clover2.integration import runner as runner_module
+from vllm_clover2.integration.drafting import Drafting, FinishedStep
 from vllm_clover2.integration.runner import Clover2RunnerMixin
 from vllm_clover2.tree.chooser import Plan
 from vllm_clover2.tree.grower import Growth, TreeGrower
@@ -107,14 +108,14 @@ class Planter:
 
         ``patch`` sets attributes, like ``pytest.MonkeyPatch.setattr``.
         """
-        planter, stock_grow = self, TreeGrower.grow
+        planter, stock_grow, stock_draft = self, TreeGrower.grow, Drafting.draft
         stock_propose = Clover2RunnerMixin.propose_draft_token_ids
 
         def grow(grower: TreeGrower, *args: Any, **kwargs: Any) -> Growth:
-            if planted_for is None:  # warm-up
-                return stock_grow(grower, *args, **kwargs)
             # What would have been grown must not fail either.
             growth = stock_grow(grower, *args, **kwargs)
+            if planted_for is None:  # warm-up
+                return growth
             assert len(planted_for[1]) == len(growth.trees.sizes)
             trees = planter.grow(*planted_for, grower.options.num_nodes)
             device = growth.trees.sizes.device
@@ -122,21 +123,26 @@ class Planter:
                 trees=GrownTrees(*(part.to(device) for part in trees))
             )
 
-        def propose(
-            runner: Any, scheduled: Any, sampled: list[list[int]], *rest: Any
-        ) -> Any:
+        def draft(drafting: Drafting, step: FinishedStep) -> GrownTrees:
             nonlocal planted_for
-            rows = [i for i, tokens in enumerate(sampled) if tokens]
-            planted_for = runner, [runner.input_batch.req_ids[i] for i in rows]
-            chooser, runner.drafting.chooser = runner.drafting.chooser, planter.coins
+            drafted = [step.requests[i] for i in step.drafted]
+            planted_for = runner, drafted
+            chooser, drafting.chooser = drafting.chooser, planter.coins
             try:
-                return stock_propose(runner, scheduled, sampled, *rest)
+                return stock_draft(drafting, step)
             finally:
-                planted_for, runner.drafting.chooser = None, chooser
+                planted_for, drafting.chooser = None, chooser
 
+        def propose(proposing: Any, *args: Any) -> Any:
+            nonlocal runner
+            runner = proposing
+            return stock_propose(proposing, *args)
+
+        runner: Any = None  # whose step it is
         planted_for: tuple[Any, list[str]] | None = None
-        patch(TreeGrower, "grow", grow)
         patch(Clover2RunnerMixin, "propose_draft_token_ids", propose)
+        patch(TreeGrower, "grow", grow)
+        patch(Drafting, "draft", draft)
 
 
 class Coins:

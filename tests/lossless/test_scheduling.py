@@ -304,5 +304,6 @@ def test_load_decides_what_is_drafted(
     requests = [r.replaced(max_tokens=8) for r in random_prompts(12, seed=29)]
     requests[3:6] = [r.replaced(max_tokens=40) for r in requests[3:6]]
     assert_same(baseline(requests), engine.run(requests), requests)
-    assert {nodes for running, nodes in drafted if running == 3} == {5}
+    # Fewer once it is known that asking this random head brings nothing.
+    assert max(nodes for running, nodes in drafted if running == 3) == 5
     assert {nodes for running, nodes in drafted if running == 12} == {0}

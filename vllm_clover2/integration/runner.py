@@ -378,7 +378,7 @@ class Clover2WorkerMixin:
         For ``LLM.collective_rpc("clover2_stats")``.
         """
         runner = self.model_runner
-        return dict(runner.drafts.counts + runner.drafting.backlog.given_up)
+        return {**runner.drafts.counts, **runner.drafting.backlog.given_up}
 
     def clover2_step_milliseconds(self) -> dict[int, float]:
         """Time of a step by its rows, measured at start and learned since.

@@ -152,10 +152,9 @@ class Chooser:
         counts = np.arange(1, useful + 1)
         mass = value[:useful].cumsum()
         rows = counts + backlog[:useful].cumsum() / _BACKLOG_STEPS
-        draft = self.cost.drafting(1, 0, 0) + gain.levels * self.cost.level
-        draft = (
-            draft + (rows - 1.0) * self.cost.row + counts * gain.nodes * self.cost.node
-        )
+        cost = self.cost
+        fixed = cost.drafting(1, 0, 0) - cost.row + gain.levels * cost.level
+        draft = fixed + rows * cost.row + counts * gain.nodes * cost.node
         where = np.minimum(nodes + mass * gain.rows, len(times) - 1)
         passes = np.interp(where, np.arange(len(times)), times)
         rates = (tokens + mass * gain.tokens) / (passes + draft)
