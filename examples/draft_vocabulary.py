@@ -20,7 +20,7 @@ from rich.table import Table
 
 from vllm_clover2.heads import SHIPPED
 from vllm_clover2.integration.draft_model import serving_product
-from vllm_clover2.integration.proposer import median_seconds
+from vllm_clover2.integration.drafter import median_seconds
 from vllm_clover2.model import Clover2Model
 from vllm_clover2.model.weights import load_head
 from vllm_clover2.train.architectures import ARCHITECTURES

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "NO_HEAD",
     "SHIPPED",
     "KnownHead",
     "add_head",
@@ -22,6 +23,9 @@ __all__ = [
     "known_heads",
     "remove_head",
 ]
+
+NO_HEAD = "none"
+"""In place of a head's name: speculate without one, from the request's own text."""
 
 SHIPPED = Path(__file__).resolve().with_name("shipped_heads")
 
@@ -221,7 +225,11 @@ def _no_head(target: str, heads: list[KnownHead]) -> str:
         "--output answers.jsonl\n"
         f"  vllm-clover2 train --target {target} --answers answers.jsonl "
         "--output run --draft-vocab-size 8192\n"
-        f"  vllm-clover2 heads add {target} run/head"
+        f"  vllm-clover2 heads add {target} run/head\n"
+        "Until then any target can be served without a head, by continuations of what "
+        "its own text repeats:\n"
+        "  --speculative-config "
+        f'\'{{"method": "clover2", "model": "{NO_HEAD}"}}\''
     )
 
 

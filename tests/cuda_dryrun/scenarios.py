@@ -44,6 +44,8 @@ SCENARIOS = {
     "own drafts, penalties": Scenario(TREES, PENALTIES, planted=False),
     "own drafts, chain": Scenario({"tree": "chain"}, planted=False),
     "planted": Scenario(TREES),
+    "own drafts, no head": Scenario(TREES | {"model": "none"}, planted=False),
+    "planted, no head": Scenario(TREES | {"model": "none"}),
     "planted, static": Scenario({"tree": "static"}),
     "planted, chain": Scenario({"tree": "chain", "adaptive": False}),
     "planted, seeded": Scenario(TREES, SEEDED),

@@ -77,6 +77,32 @@ def test_method_and_model_flags(
     assert (speculative.method, speculative.num_speculative_tokens) == ("clover2", 7)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--speculative-model", "clover2", "--spec-model", "none"],
+        ["--speculative-config", '{"method": "clover2", "model": "none"}'],
+    ],
+    ids=["flags", "json"],
+)
+def test_without_a_head(
+    parser: FlexibleArgumentParser, target: Path, words: list[str]
+) -> None:
+    args = parse(parser, "--model", target, *words)
+    assert not args.create_engine_config().speculative_config.has_head
+
+
+def test_none_alone_is_asked_back(
+    parser: FlexibleArgumentParser, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It might mean no head, or no speculation."""
+    with pytest.raises(SystemExit):
+        parse(parser, "--model", target, "--speculative-model", "none")
+    error = " ".join(capsys.readouterr().err.split())
+    assert "--speculative-model clover2 --spec-model none" in error
+    assert "leave the option out" in error
+
+
 def test_json_form(parser: FlexibleArgumentParser, target: Path, head: Path) -> None:
     options = {"method": "clover2", "model": str(head), "tree": [[0], [1], [0, 0]]}
     args = parse(parser, "--model", target, "--speculative-config", json.dumps(options))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from vllm_clover2.integration.proposer import median_seconds
+from vllm_clover2.integration.drafter import median_seconds
 
 
 def test_a_busy_moment_meets_all_parts(monkeypatch: pytest.MonkeyPatch) -> None:

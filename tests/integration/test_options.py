@@ -89,6 +89,43 @@ def test_bad_options(
 
 
 @pytest.mark.parametrize(
+    ("tree", "nodes"),
+    [({}, 25), ({"tree": "chain"}, 5), ({"num_speculative_tokens": 9}, 9)],
+    ids=json.dumps,
+)
+def test_without_a_head(target: Path, tree: dict[str, Any], nodes: int) -> None:
+    config = engine_config(target, {"method": "clover2", "model": "none", **tree})
+    speculative = config.speculative_config
+    assert (speculative.method, speculative.model) == ("clover2", "none")
+    assert speculative.num_speculative_tokens == nodes
+    assert not speculative.has_head
+    assert not speculative.use_eagle()
+    assert speculative.draft_model_config is speculative.target_model_config
+    hf_config = speculative.target_model_config.hf_config
+    assert not hasattr(hf_config, "eagle_aux_hidden_state_layer_ids")
+    assert "model='none'" in repr(speculative)
+    assert config.parallel_config.worker_cls.startswith("vllm_clover2.")
+    assert not config.scheduler_config.async_scheduling
+
+
+@pytest.mark.parametrize(
+    ("tree", "found"),
+    [
+        ({"tree": "static"}, "context True and tree 'static'"),
+        ({"tree": [[0], [1]]}, r"context True and tree \[\[0\], \[1\]\]"),
+        ({"context": False}, "context False and tree 'dynamic'"),
+        ({"context": False, "tree": "chain"}, "context False and tree 'chain'"),
+    ],
+    ids=json.dumps,
+)
+def test_without_a_head_the_text_must_be_drafted_from(
+    target: Path, tree: dict[str, Any], found: str
+) -> None:
+    with pytest.raises(ValueError, match=f"the text is the only source.*{found}"):
+        engine_config(target, {"method": "clover2", "model": "none", **tree})
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"hidden_size": 192}, "hidden_size must equal the target's 128.*192"),

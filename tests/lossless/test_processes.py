@@ -68,6 +68,10 @@ def run_elsewhere(folder: Path, requests: list[Request], **llm: Any) -> dict[str
         pytest.param({}, id="own-process"),
         pytest.param({"tensor_parallel_size": 2}, id="tensor-parallel"),
         pytest.param({"enforce_eager": False}, id="compiled"),
+        pytest.param(
+            {"tensor_parallel_size": 2, "head": "none"}, id="tensor-parallel-no-head"
+        ),
+        pytest.param({"enforce_eager": False, "head": "none"}, id="compiled-no-head"),
     ],
 )
 def test_text_of_other_processes(
@@ -79,7 +83,12 @@ def test_text_of_other_processes(
 ) -> None:
     """Ranks must grow the same trees, else their caches and texts would part."""
     expected: list[Output] = baseline(REQUESTS)
-    speculative = {"method": "clover2", "model": str(head), "adaptive": False}
+    options = dict(options)
+    speculative = {
+        "method": "clover2",
+        "model": options.pop("head", str(head)),
+        "adaptive": False,
+    }
     answers = run_elsewhere(
         tmp_path,
         with_truth(REQUESTS, expected),

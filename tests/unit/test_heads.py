@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The user's registry of heads."""
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,6 +87,9 @@ def test_error_names_the_known_heads_and_the_way_to_one(tmp_path: Path) -> None:
     for words in commands:
         cli._parser().parse_args(words)  # exits where an option does not exist
         assert "org/unknown" in words
+    (flag, options) = lines[-1][0], " ".join(lines[-1][1:])
+    assert flag == "--speculative-config"
+    assert json.loads(options.strip("'")) == {"method": "clover2", "model": "none"}
 
 
 @pytest.mark.parametrize("damage", ["deleted", "not-json", "not-an-object"])

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from vllm_clover2.heads import NO_HEAD
+
 __all__ = [
     "METHODS",
     "SHIPPED_PROMPTS",
@@ -16,11 +18,13 @@ __all__ = [
 
 SHIPPED_PROMPTS = Path(__file__).resolve().parents[2] / "examples" / "prompts.jsonl"
 
-# What vLLM is told for each method; a head's folder is added where one was given.
+# What vLLM is told for each method; a head's folder is added where one was given and
+# no model is named here.
 METHODS: dict[str, dict[str, Any] | None] = {
     "none": None,
     "clover2": {"method": "clover2"},
     "clover2-no-context": {"method": "clover2", "context": False},
+    "clover2-context": {"method": "clover2", "model": NO_HEAD},
     "clover2-chain": {"method": "clover2", "tree": "chain"},
     "ngram": {
         "method": "ngram",
@@ -112,8 +116,8 @@ class BenchmarkConfig(BaseModel):
 def speculative_config(config: BenchmarkConfig, method: str) -> dict[str, Any] | None:
     """vLLM's `speculative_config` for `method`; None without speculation."""
     options = METHODS[method]
-    if options is None:
-        return None
+    if options is None or "model" in options:
+        return options
     heads = {"clover2": config.head, "eagle": config.eagle_head}
     head = heads.get(options["method"])
     return options if head is None else options | {"model": str(head)}

@@ -84,7 +84,8 @@ def _check_heads(config: BenchmarkConfig, target_config: Any) -> None:
     from vllm_clover2.heads import find_head
     from vllm_clover2.train.architectures import head_model_type
 
-    kinds = {(METHODS[name] or {}).get("method") for name in config.methods}
+    wanted = [METHODS[name] or {} for name in config.methods]
+    kinds = {one.get("method") for one in wanted if "model" not in one}
     if "clover2" in kinds:
         head = config.head or find_head(config.target, target_config)
         if (found := head_model_type(head)) != "clover2":

@@ -17,10 +17,12 @@ from vllm.distributed.parallel_state import get_tp_group
 
 from vllm_clover2 import ops
 from vllm_clover2.integration.backlog import CommittedRows, HiddenBacklog
+from vllm_clover2.integration.drafter import Drafter
 from vllm_clover2.integration.proposer import Clover2Proposer
 from vllm_clover2.tree.chooser import Chooser, Plan
 from vllm_clover2.tree.context import ContextCandidates, ContextWalk
 from vllm_clover2.tree.grower import Growth, TreeGrower
+from vllm_clover2.tree.growth import Draft
 from vllm_clover2.tree.step_cost import StepCost, Work
 from vllm_clover2.tree.types import GrownTrees
 
@@ -37,7 +39,7 @@ class FinishedStep:
     emitted: list[list[int]]  # [num_reqs] tokens that the step gave each
     token_ids: torch.Tensor  # [slots, width] int32 on the host, all texts
     lengths: np.ndarray  # [num_reqs] int32 tokens of each text
-    committed: CommittedRows
+    committed: CommittedRows | None  # None: there is no head to write KV for
     block_table: np.ndarray  # [num_reqs, max_blocks] int32
     attention: Any  # CommonAttentionMetadata of the pass
     block_size: int  # tokens in one entry of the block tables
@@ -72,13 +74,15 @@ class StepClock:
 class Drafting:
     """Drafts for every step; keeps what has to be known from one to the next."""
 
-    def __init__(self, proposer: Clover2Proposer, block_size: int) -> None:
-        self.proposer = proposer
-        self.grower = TreeGrower(proposer.options)
+    def __init__(self, drafter: Drafter, block_size: int) -> None:
+        self.drafter = drafter
+        # None: the text is the only source.
+        self.head = drafter if isinstance(drafter, Clover2Proposer) else None
+        self.grower = TreeGrower(drafter.options)
         self.clock = StepClock()
         self.backlog = HiddenBacklog(_MAX_WAITING_ROWS, block_size)
         self.chooser: Chooser | None = None  # None: always as much as there is
-        self._limits = proposer.options.context_limits()
+        self._limits = drafter.options.context_limits()
         # The last step's context nodes: request -> (row, length of its text).
         self._walk: ContextWalk | None = None
         self._walk_rows: dict[str, tuple[int, int]] = {}
@@ -96,13 +100,14 @@ class Drafting:
 
     def draft(self, step: FinishedStep) -> GrownTrees:
         """Trees for ``step.drafted``, in that order."""
-        self.backlog.add(step.requests, step.committed, step.block_table)
+        if step.committed is not None:
+            self.backlog.add(step.requests, step.committed, step.block_table)
         self._learn(step)
         if not step.drafted:
             return self._ended(step, Growth(_no_trees(0), None), 0)
         context = self._context(step)
         ids = [step.requests[i] for i in step.drafted]
-        waiting = self.backlog.sizes(ids)
+        waiting = self._waiting(ids)
         next_work = Work(
             len(ids) + step.prompt_rows, step.prompt_rows, int(step.lengths.sum())
         )
@@ -125,6 +130,12 @@ class Drafting:
         )
         return self.grower.calibration.judge(nodes)
 
+    def _waiting(self, ids: list[str]) -> np.ndarray:
+        """Rows without draft KV [B]; -1 where the head cannot be asked."""
+        if self.head is None:
+            return np.full(len(ids), -1)
+        return self.backlog.sizes(ids)
+
     def _plan(
         self,
         ids: list[str],
@@ -142,25 +153,16 @@ class Drafting:
         if group.world_size == 1:
             return plan
         packed = torch.tensor([*plan.ask, plan.least], dtype=torch.float64)
-        packed = group.broadcast(packed.to(self.proposer.device)).cpu().numpy()
+        packed = group.broadcast(packed.to(self.drafter.device)).cpu().numpy()
         return Plan(packed[:-1] > 0.0, float(packed[-1]), 0.0, 0.0)
 
     def _grow(
         self, step: FinishedStep, context: ContextCandidates | None, plan: Plan
     ) -> tuple[Growth, int]:
         """The trees, and for how many rows draft KV was written."""
-        proposer, options = self.proposer, self.grower.options
-        asked = [i for i, ask in zip(step.drafted, plan.ask, strict=True) if ask]
-        hidden = proposer.hidden_states.new_zeros(
-            len(step.drafted), proposer.hidden_states.shape[1]
-        )
-        rows = 0
+        options = self.grower.options
+        model, hidden, rows = self._asked(step, plan)
         ask = torch.from_numpy(plan.ask).to(hidden.device)
-        if asked:
-            ids = [step.requests[i] for i in asked]
-            committed = self.backlog.take(ids, asked, step.block_table)
-            rows = len(committed.positions)
-            hidden[ask] = proposer.augment(committed, step.attention, step.block_size)
         limits = None
         if not options.has_fixed_shape:
             limits = options.dynamic_tree().without_nodes_below(plan.least)
@@ -169,8 +171,28 @@ class Drafting:
             )
         if context is not None:
             context = context.to(hidden.device)
-        model = proposer.model if asked else None
         return self.grower.grow(model, hidden, context, ask, limits), rows
+
+    def _asked(
+        self, step: FinishedStep, plan: Plan
+    ) -> tuple[Draft | None, torch.Tensor, int]:
+        """The head, its states [B, H] at the roots, and rows that got draft KV.
+
+        Without anybody to ask for: None, states of size 0, no rows.
+        """
+        asked = [i for i, ask in zip(step.drafted, plan.ask, strict=True) if ask]
+        if self.head is None or not asked:
+            nothing = torch.empty(len(step.drafted), 0, device=self.drafter.device)
+            return None, nothing, 0
+        head = self.head
+        hidden = head.hidden_states.new_zeros(
+            len(step.drafted), head.hidden_states.shape[1]
+        )
+        ids = [step.requests[i] for i in asked]
+        committed = self.backlog.take(ids, asked, step.block_table)
+        ask = torch.from_numpy(plan.ask).to(hidden.device)
+        hidden[ask] = head.augment(committed, step.attention, step.block_size)
+        return head.model, hidden, len(committed.positions)
 
     def _sized(
         self,
@@ -202,7 +224,7 @@ class Drafting:
             trees = trees._replace(sizes=torch.from_numpy(sizes).int())
             kept = np.arange(joint.shape[1]) < sizes[:, None]
             self._expected.update(zip(ids, (joint * kept).sum(axis=1).tolist()))
-        return self.proposer.of_first_rank(trees)
+        return self.drafter.of_first_rank(trees)
 
     def _learn(self, step: FinishedStep) -> None:
         """Calibrate by how the texts of the last step went on."""

@@ -2,36 +2,31 @@
 """Runs the draft: the augmenting block over committed rows, then tree growth."""
 
 import functools
-import time
-from collections.abc import Callable, Sequence
-from statistics import median
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.distributed.parallel_state import get_tp_group
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
 
 from vllm_clover2.integration.backlog import CommittedRows
+from vllm_clover2.integration.drafter import Drafter
 from vllm_clover2.tree.grower import TreeGrower
-from vllm_clover2.tree.step_cost import StepCost
-from vllm_clover2.tree.types import GrownTrees
 
 _COMMITTED_ROWS = 3
 """A step commits its root and the accepted nodes: two or three rows."""
-_MEASURED_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _MEASURED_REQUESTS = 8
 
 logger = init_logger(f"vllm.{__name__}")
 
 
-class Clover2Proposer(EagleProposer):
-    """Drafts for all requests of a batch at once.
+class Clover2Proposer(Drafter, EagleProposer):
+    """Drafts with a head, for all requests of a batch at once.
 
     It is an ``EagleProposer`` because vLLM tells drafts with hidden states and KV of
     their own by that class; loading, KV groups and attention groups are inherited,
@@ -127,67 +122,40 @@ class Clover2Proposer(EagleProposer):
                 rows.hidden,
             )
 
-    def measure_cost(self, pass_rows: Callable[[int], Any]) -> StepCost | None:
-        """Measure what steps cost, for adaptive trees; None where they are not.
+    def cost_parts(self) -> list[Callable[[], Any]]:
+        few, many = self._measured_states()
+        return [
+            functools.partial(self._pass_rows, len(few)),
+            functools.partial(self._pass_rows, len(many)),
+            functools.partial(self._grow, few),
+            functools.partial(self._grow, many),
+        ]
 
-        ``pass_rows`` runs the target over so many rows, output head included.
-        """
-        rows = [n for n in _MEASURED_ROWS if n < self.max_num_tokens]
-        if self.options.has_fixed_shape or not self.options.adaptive or not rows:
-            return None
-        few, many = self.hidden_states[:1], self.hidden_states[:_MEASURED_REQUESTS]
-        parts = [functools.partial(pass_rows, n) for n in rows]
-        parts += [functools.partial(self._pass_rows, n) for n in (1, len(many))]
-        parts += [functools.partial(self._grow, hidden) for hidden in (few, many)]
-        *passes, one, several, grow_one, grow_many = median_seconds(parts, rounds=5)
-        # Once, because it takes long; it only tells what many rows of prompts cost.
-        rows.append(self.max_num_tokens)
-        passes += median_seconds(
-            [functools.partial(pass_rows, self.max_num_tokens)], rounds=1
-        )
+    def drafting_costs(self, seconds: list[float]) -> tuple[float, float, float, float]:
+        one, several, grow_one, grow_many = seconds
+        few, many = self._measured_states()
         per_row = max(several - one, 0.0) / max(len(many) - 1, 1)
         levels, nodes = self._grow(few)
         _, more = self._grow(many)
         per_node = max(grow_many - grow_one, 0.0) / max(more - nodes, 1)
         per_level = max(grow_one - nodes * per_node, 0.0) / levels
-        measured = [*passes, one - per_row, per_row, per_level, per_node]
-        seconds = torch.tensor(measured, dtype=torch.float64, device=self.device)
-        *passes, once, per_row, per_level, per_node = (
-            get_tp_group().broadcast(seconds).tolist()
-        )
         logger.info(
-            "clover2: a pass takes %s; drafting %.1f ms for one request",
-            ", ".join(
-                f"{1e3 * passed:.1f} ms over {n} row{'s'[: n > 1]}"
-                for n, passed in zip(rows, passes, strict=True)
-            ),
-            1e3 * (one + grow_one),
+            "clover2: drafting takes %.1f ms for one request", 1e3 * (one + grow_one)
         )
-        return StepCost(
-            rows,
-            passes,
-            (max(once, 0.0), per_row),
-            (per_level, per_node),
-            self.max_num_tokens,
-        )
+        return max(one - per_row, 0.0), per_row, per_level, per_node
 
-    def measure_parts(self, pass_rows: Callable[[int], Any]) -> dict[str, float]:
-        """Seconds of the parts of one request's step, the names ending in their rows.
+    def _measured_states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states of one request and of several, to measure with."""
+        return self.hidden_states[:1], self.hidden_states[:_MEASURED_REQUESTS]
 
-        A dynamic tree is grown to its full depth, which is the most that it can take.
-        Attention has no KV to read here, in the target and in the draft.
-        """
-        rows = min(self.options.num_nodes + 1, self.max_num_tokens)
-        parts: dict[str, Callable[[], Any]] = {
-            "target_1": functools.partial(pass_rows, 1),
-            f"target_{rows}": functools.partial(pass_rows, rows),
+    def named_parts(self) -> dict[str, Callable[[], Any]]:
+        """A dynamic tree grows to its full depth, which is the most it can take."""
+        return {
             f"augment_{_COMMITTED_ROWS}": functools.partial(
                 self._pass_rows, _COMMITTED_ROWS
             ),
             "grow": functools.partial(self._grow, self.hidden_states[:1]),
         }
-        seconds = median_seconds(list(parts.values()), rounds=9)
-        return dict(zip(parts, seconds, strict=True))
 
     def _attention_metadata(
         self,
@@ -227,40 +195,9 @@ class Clover2Proposer(EagleProposer):
             for group in self.draft_attn_groups
         ]
 
-    def of_first_rank(self, trees: GrownTrees) -> GrownTrees:
-        """The trees of tensor-parallel rank 0.
-
-        The scheduler tells every rank the drafted tokens but not their parents, and
-        the last bit of an all-reduce may differ between ranks; a tie broken
-        differently would give them different trees.
-        """
-        group = get_tp_group()
-        if group.world_size == 1:
-            return trees
-        return GrownTrees(*(group.broadcast(part.contiguous()) for part in trees))
-
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         """Host array -> device; no copy on CPU, asynchronous on CUDA."""
         tensor = torch.from_numpy(array)
         if self.device.type == "cpu":
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
-
-
-def median_seconds(parts: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
-    """Median times of some parts, which wait for the device.
-
-    They take turns, because a moment in which the machine is busy must not meet one of
-    them alone: what counts is how they compare. A first round is not counted.
-    """
-    times = []
-    for _ in range(rounds + 1):
-        row = []
-        for run in parts:
-            start = time.perf_counter()
-            run()
-            if torch.accelerator.is_available():
-                torch.accelerator.synchronize()
-            row.append(time.perf_counter() - start)
-        times.append(row)
-    return [median(column) for column in zip(*times[1:], strict=True)]

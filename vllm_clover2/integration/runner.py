@@ -21,7 +21,7 @@ from vllm_clover2 import ops
 from vllm_clover2.integration import layer_limits
 from vllm_clover2.integration.attention import kv_layout
 from vllm_clover2.integration.backlog import CommittedRows
-from vllm_clover2.integration.compat import surface
+from vllm_clover2.integration.compat import patches, surface
 from vllm_clover2.integration.drafting import Drafting, FinishedStep
 from vllm_clover2.integration.proposer import Clover2Proposer
 from vllm_clover2.integration.sampling import AcceptedPaths, accept_paths
@@ -42,11 +42,13 @@ class Clover2RunnerMixin:
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         surface.check_signatures(surface.EXPECTED_WORKER)
-        super().__init__(vllm_config, device)
-        self.drafter = Clover2Proposer(vllm_config, device, self)
-        # The draft reads the target's hidden state before its final norm, which vLLM
-        # hands out the way EAGLE-3 asks for intermediate layers.
-        self.use_aux_hidden_state_outputs = True
+        with patches.let_runner_make(vllm_config.speculative_config):
+            super().__init__(vllm_config, device)
+        if vllm_config.speculative_config.has_head:
+            self.drafter = Clover2Proposer(vllm_config, device, self)
+            # The draft reads the target's hidden state before its final norm, which
+            # vLLM hands out the way EAGLE-3 asks for intermediate layers.
+            self.use_aux_hidden_state_outputs = True
         self.drafts = DraftStore()
         self._batch: VerifyBatch | None = None
         self._accepted: AcceptedPaths | None = None
@@ -86,7 +88,7 @@ class Clover2RunnerMixin:
 
     @property
     def _draft_blocks(self) -> Any:
-        """The block table of the KV group that target and draft share."""
+        """The block table of the KV group that the target, and a head, has."""
         return self.input_batch.block_table[self.drafter.kv_cache_gid]
 
     @torch.inference_mode()
@@ -103,10 +105,12 @@ class Clover2RunnerMixin:
     def _pass_rows(self, num_rows: int) -> None:
         """Run the target over so many rows, output head included, without KV."""
         with set_forward_context(None, self.vllm_config, num_tokens=num_rows):
-            hidden_states, _ = self._model_forward(
+            hidden_states = self._model_forward(
                 input_ids=self.input_ids.gpu[:num_rows],
                 positions=self.positions[:num_rows],
             )
+        if self.use_aux_hidden_state_outputs:
+            hidden_states, _ = hidden_states
         self.model.compute_logits(hidden_states)
 
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
@@ -210,14 +214,13 @@ class Clover2RunnerMixin:
         sampling_metadata: Any,
         hidden_states: torch.Tensor,
         sample_hidden_states: torch.Tensor,
-        aux_hidden_states: list[torch.Tensor],
+        aux_hidden_states: list[torch.Tensor] | None,  # None without a head
         spec_decode_metadata: Any,
         common_attn_metadata: Any,
         slot_mappings: Any,
     ) -> list[list[int]]:
-        step = self._finished_step(
-            sampled_token_ids, aux_hidden_states[0], common_attn_metadata
-        )
+        before_norm = aux_hidden_states[0] if aux_hidden_states else None
+        step = self._finished_step(sampled_token_ids, before_norm, common_attn_metadata)
         self._batch = self._accepted = None
         max_nodes = scheduler_output.num_spec_tokens_to_schedule
         if not max_nodes:
@@ -243,7 +246,7 @@ class Clover2RunnerMixin:
     def _finished_step(
         self,
         sampled_token_ids: list[list[int]],
-        hidden_states: torch.Tensor,  # [rows, hidden]
+        hidden_states: torch.Tensor | None,  # [rows, hidden], for a head
         attention: Any,
     ) -> FinishedStep:
         """What drafting has to know of the step; call after the stock bookkeeping."""
@@ -264,7 +267,9 @@ class Clover2RunnerMixin:
             emitted=sampled_token_ids,
             token_ids=self.input_batch.token_ids_cpu_tensor,
             lengths=lengths,
-            committed=self._committed_rows(batch, accepted, hidden_states),
+            committed=None
+            if hidden_states is None
+            else self._committed_rows(batch, accepted, hidden_states),
             block_table=blocks.get_cpu_tensor().numpy()[:num_reqs],
             attention=attention,
             block_size=blocks.block_size,
@@ -400,8 +405,9 @@ class Clover2WorkerMixin:
         """Times of the parts of one request's step, measured by this call.
 
         ``target_1`` and ``target_N`` are the target over one row and over a tree's,
-        ``augment_N`` the augmenting block over N committed rows, ``grow`` a tree. For
-        ``LLM.collective_rpc("clover2_part_milliseconds")``, between requests.
+        ``augment_N`` the augmenting block over N committed rows, ``grow`` a tree, both
+        only with a head. For ``LLM.collective_rpc("clover2_part_milliseconds")``,
+        between requests.
         """
         seconds = self.model_runner.measure_parts()
         return {part: 1e3 * time for part, time in seconds.items()}

@@ -14,6 +14,7 @@ from vllm.config.speculative import SpeculativeConfig
 from vllm.config.utils import config
 from vllm.logger import init_logger
 
+from vllm_clover2.heads import NO_HEAD, find_head
 from vllm_clover2.model.head_files import check_head
 from vllm_clover2.tree.options import TreeOptions
 
@@ -27,8 +28,6 @@ def head_for(target: ModelConfig) -> str:
         ValueError: no head is known for this target; the message lists those known.
 
     """
-    from vllm_clover2.heads import find_head
-
     head = str(find_head(target.model, target.hf_config))
     logger.info("clover2: using the draft head %s for %s", head, target.model)
     return head
@@ -39,8 +38,10 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
     """``SpeculativeConfig`` with ``method="clover2"`` and the options of a tree.
 
     It takes vLLM's EAGLE path (``use_eagle()``): a draft with target hidden states as
-    input and KV of its own, drafted after bookkeeping. The tree options are those of
-    :class:`~vllm_clover2.tree.options.TreeOptions`, which also holds their defaults.
+    input and KV of its own, drafted after bookkeeping. With ``model="none"`` there is
+    no head, and for vLLM it is like ``ngram``, without a draft model. The tree options
+    are those of :class:`~vllm_clover2.tree.options.TreeOptions`, which also holds their
+    defaults.
     """
 
     method: Literal["clover2"] = "clover2"  # type: ignore[assignment]
@@ -66,16 +67,20 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
     """Draft less, or nothing, where it costs more than it yields (dynamic, chain)."""
 
     def __post_init__(self) -> Any:
+        self._check_there_is_a_source()
         self.num_speculative_tokens = self.tree_options().num_nodes
         # Trees differ in size, and the drafter needs the accepted path on the host.
         self.disable_padded_drafter_batch = True
         # The stock constructor knows a closed set of methods. "eagle" (rather than
-        # "draft_model") keeps it from guessing a method from the directory's name.
-        self.method = "eagle"  # type: ignore[assignment]
+        # "draft_model") keeps it from guessing a method from the directory's name;
+        # "ngram" takes the target's config in place of a draft model's.
+        self.method = "eagle" if self.has_head else "ngram"  # type: ignore[assignment]
         try:
             super().__post_init__()
         finally:
             self.method = "clover2"
+        if not self.has_head:
+            return self
         self._check_head_fits()
         # vLLM's runners read from here which hidden states the target shall return.
         # "Layer" n is the output of the last of n layers, before the final norm.
@@ -107,10 +112,17 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
                 f"speculative_config for clover2 is invalid: {details}"
             ) from error
 
+    @property
+    def has_head(self) -> bool:
+        """Whether there is a draft model; else the text is the only source."""
+        return self.model != NO_HEAD
+
     def use_eagle(self) -> bool:
-        return True
+        return self.has_head
 
     def compute_hash(self) -> str:
+        if not self.has_head:
+            return super().compute_hash()
         # The target's graph returns one hidden state more than a plain EAGLE run's,
         # so the two must not share a compilation cache entry.
         return f"clover2-{super().compute_hash()}"
@@ -119,6 +131,16 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
         return (
             f"Clover2SpeculativeConfig(model={self.model!r}, {self.tree_options()!r})"
         )
+
+    def _check_there_is_a_source(self) -> None:
+        options = self.tree_options()
+        if not self.has_head and options.context_limits() is None:
+            raise ValueError(
+                f'Without a head ("model": "{NO_HEAD}") the text is the only source of '
+                f'drafts: context must be true and tree "dynamic" or "chain", but '
+                f"found context {options.context} and tree {options.tree!r}. Leave "
+                f"them out, or name a head as the model."
+            )
 
     def _check_head_fits(self) -> None:
         """Check the head's files, and its sizes against the target's.

@@ -53,6 +53,10 @@ def test_every_method_is_told_to_vllm_in_its_own_way():
         "context": False,
         "model": "h",
     }
+    assert speculative_config(config, "clover2-context") == {
+        "method": "clover2",
+        "model": "none",
+    }
     assert speculative_config(config, "clover2-chain") == {
         "method": "clover2",
         "tree": "chain",
@@ -106,7 +110,7 @@ def test_a_target_without_a_known_head_is_refused(
     assert cli.main(["benchmark", "--target", str(target)]) == 1
     assert "no Clover-2 head is known" in capsys.readouterr().err
     # Who does not measure it needs none.
-    config = BenchmarkConfig(target=str(target), methods=["ngram"])
+    config = BenchmarkConfig(target=str(target), methods=["ngram", "clover2-context"])
     prompts, max_model_len = run.prepare(config)
     assert (len(prompts), max_model_len) == (12, 2048)
 

@@ -2,14 +2,19 @@
 """Everything that touches private parts of vLLM, one function per patch."""
 
 import argparse
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
+
+from vllm_clover2.heads import NO_HEAD
 
 METHOD = "clover2"
 """Name of the speculative method, as the user writes it."""
 
 CPU_WORKER = "vllm_clover2.integration.worker_cpu.Clover2CPUWorker"
 GPU_WORKER = "vllm_clover2.integration.worker_gpu.Clover2GPUWorker"
+CONTEXT_DRAFTER = "vllm_clover2.integration.drafter.ContextDrafter"
 
 
 def install() -> None:
@@ -116,6 +121,12 @@ class _SpeculativeModel(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
+        if values == NO_HEAD:
+            raise argparse.ArgumentError(
+                self,
+                f"to speculate without a head, write --speculative-model {METHOD} "
+                f"--spec-model {NO_HEAD}; not to speculate, leave the option out",
+            )
         destination = "spec_method" if values == METHOD else "spec_model"
         setattr(namespace, destination, values)
 
@@ -141,7 +152,8 @@ def _extend_command_line() -> None:
             default=argparse.SUPPRESS,
             metavar="clover2|MODEL",
             help="'clover2' speculates with the Clover-2 head registered for the "
-            "target ('vllm-clover2 heads list'); anything else is --spec-model.",
+            "target ('vllm-clover2 heads list'), or with that of --spec-model ('none': "
+            "without a head); anything else is --spec-model.",
         )
         parser.add_argument(
             "--num-speculative-tokens",
@@ -173,6 +185,25 @@ def _keep_model_runner_v1() -> None:
         return features
 
     VllmConfig._get_v2_model_runner_unsupported_features = unsupported_features
+
+
+@contextlib.contextmanager
+def let_runner_make(speculative: Any) -> Iterator[None]:
+    """Let ``GPUModelRunner.__init__`` make the drafter of a config without a head.
+
+    It chooses the drafter by the method's name and raises for one it does not know;
+    "custom_class" is its name for a drafter that is a class, whose path is the model.
+    With a head it takes ``use_eagle()``. Goes away with a registry of methods.
+    """
+    if speculative.has_head:
+        yield
+        return
+    names = speculative.method, speculative.model
+    speculative.method, speculative.model = "custom_class", CONTEXT_DRAFTER
+    try:
+        yield
+    finally:
+        speculative.method, speculative.model = names
 
 
 def forget_selected_backends() -> None:

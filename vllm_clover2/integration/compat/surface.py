@@ -53,6 +53,7 @@ EXPECTED_WORKER = {
     "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm": (
         "layer remove_weight"
     ),
+    "vllm.v1.spec_decode.custom_class_proposer:create_custom_proposer": "vllm_config",
     "vllm.v1.spec_decode.eagle:EagleProposer.__init__": (
         "self vllm_config device runner"
     ),
