@@ -14,9 +14,11 @@ from vllm.logger import init_logger
 
 from vllm_clover2.tree.options import TreeOptions
 from vllm_clover2.tree.step_cost import StepCost
-from vllm_clover2.tree.types import GrownTrees
+from vllm_clover2.tree.types import MAX_ROWS, GrownTrees
 
-_MEASURED_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_MEASURED_ROWS = tuple(2**n for n in range(11))
+_LONG_PASS = 0.1
+"""Seconds. Starting must not take long; further rows cost what the last ones did."""
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -48,17 +50,14 @@ class Drafter:
 
         ``pass_rows`` runs the target over so many rows, output head included.
         """
-        rows = [n for n in _MEASURED_ROWS if n < self.max_num_tokens]
-        if self.options.has_fixed_shape or not self.options.adaptive or not rows:
+        if self.options.has_fixed_shape or not self.options.adaptive:
+            return None
+        rows = self._rows_to_measure(pass_rows)
+        if len(rows) < 2:
             return None
         parts = [functools.partial(pass_rows, n) for n in rows]
         seconds = median_seconds([*parts, *self.cost_parts()], rounds=5)
         passes, drafting = seconds[: len(rows)], seconds[len(rows) :]
-        # Once, because it takes long; it only tells what many rows of prompts cost.
-        rows.append(self.max_num_tokens)
-        passes += median_seconds(
-            [functools.partial(pass_rows, self.max_num_tokens)], rounds=1
-        )
         measured = torch.tensor(
             [*passes, *self.drafting_costs(drafting)],
             dtype=torch.float64,
@@ -81,6 +80,19 @@ class Drafter:
             (per_level, per_node),
             self.max_num_tokens,
         )
+
+    def _rows_to_measure(self, pass_rows: Callable[[int], Any]) -> list[int]:
+        """Row counts up to those whose pass takes long; all ranks choose rank 0's."""
+        rows = []
+        for n in _MEASURED_ROWS:
+            if n > self.max_num_tokens:
+                break
+            rows.append(n)
+            (seconds,) = median_seconds([functools.partial(pass_rows, n)], rounds=1)
+            taken = torch.tensor([seconds], dtype=torch.float64, device=self.device)
+            if n >= MAX_ROWS and get_tp_group().broadcast(taken).item() > _LONG_PASS:
+                break
+        return rows
 
     def measure_parts(self, pass_rows: Callable[[int], Any]) -> dict[str, float]:
         """Seconds of the parts of one request's step, the names ending in their rows.
