@@ -161,8 +161,8 @@ class Drafting:
     ) -> tuple[Growth, int]:
         """The trees, and for how many rows draft KV was written."""
         options = self.grower.options
-        model, hidden, rows = self._asked(step, plan)
-        ask = torch.from_numpy(plan.ask).to(hidden.device)
+        ask = torch.from_numpy(plan.ask).to(self.drafter.device)
+        model, hidden, rows = self._asked(step, plan, ask)
         limits = None
         if not options.has_fixed_shape:
             limits = options.dynamic_tree().without_nodes_below(plan.least)
@@ -174,7 +174,7 @@ class Drafting:
         return self.grower.grow(model, hidden, context, ask, limits), rows
 
     def _asked(
-        self, step: FinishedStep, plan: Plan
+        self, step: FinishedStep, plan: Plan, ask: torch.Tensor
     ) -> tuple[Draft | None, torch.Tensor, int]:
         """The head, its states [B, H] at the roots, and rows that got draft KV.
 
@@ -190,7 +190,6 @@ class Drafting:
         )
         ids = [step.requests[i] for i in asked]
         committed = self.backlog.take(ids, asked, step.block_table)
-        ask = torch.from_numpy(plan.ask).to(hidden.device)
         hidden[ask] = head.augment(committed, step.attention, step.block_size)
         return head.model, hidden, len(committed.positions)
 
