@@ -15,6 +15,7 @@ from engine_fixtures import (  # noqa: E402, F401
     head,
     plain,
     plant,
+    repeating,
     target,
 )
 

@@ -41,6 +41,12 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def repeating(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target that mostly looks at the last token: its text runs in circles."""
+    return save_target(tmp_path_factory.mktemp("repeating"), TinyModel(init=0.05))
+
+
+@pytest.fixture(scope="session")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random head for ``target``."""
     return save_random_head(tmp_path_factory.mktemp("head"), TINY)
@@ -97,6 +103,15 @@ def random_prompts(count: int, seed: int, longest: int = 100) -> list[Request]:
     rng = random.Random(seed)
     return [
         Request(tuple(rng.randrange(3, 512) for _ in range(rng.randint(1, longest))))
+        for _ in range(count)
+    ]
+
+
+def repeated_prompts(count: int, seed: int) -> list[Request]:
+    """Greedy requests whose prompts are a dozen random tokens, three times."""
+    rng = random.Random(seed)
+    return [
+        Request(tuple(rng.randrange(3, 512) for _ in range(12)) * 3)
         for _ in range(count)
     ]
 

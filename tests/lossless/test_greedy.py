@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engine_fixtures import Baseline, random_prompts
+from engine_fixtures import Baseline, random_prompts, repeated_prompts
 from engines import EnginePool, assert_same
 from planting import CommitSpy, Planter, with_truth
 
@@ -37,6 +37,24 @@ def test_the_heads_own_drafts(
         requests = requests[: 10 + 3 * concurrency]
     engine = engines.get(target, head, METHODS[method])
     assert_same(baseline(requests), engine.run(requests, concurrency), requests)
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+@pytest.mark.parametrize("method", ["dynamic", "adaptive", "chain"])
+def test_text_that_repeats_itself(
+    method: str, concurrency: int, engines: EnginePool, repeating: Path, head: Path
+) -> None:
+    """Both sources' nodes are in the trees, and the text's are accepted."""
+    requests = repeated_prompts(8 + concurrency, seed=16)
+    expected = engines.get(repeating).run(requests)
+    engine = engines.get(repeating, head, METHODS[method])
+    before = engine.runner.drafts.counts.copy()
+    assert_same(expected, engine.run(requests, concurrency), requests)
+    seen = engine.runner.drafts.counts - before
+    if method == "dynamic":
+        assert seen["verified, head"] > 0
+    if method != "adaptive":
+        assert seen["accepted, context"] + seen["accepted, both"] > len(requests)
 
 
 @pytest.mark.parametrize("concurrency", [1, 8, 32])

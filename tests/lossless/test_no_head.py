@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """``"model": "none"``: plain vLLM's text, with drafts from a request's own text."""
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_fixtures import assert_exact, random_prompts
+from engine_fixtures import assert_exact, random_prompts, repeated_prompts
 from engines import EnginePool, Output, Request, assert_same
 from planting import CommitSpy, Planter
-from tiny_models import TinyModel, save_target
 from transformers import GPT2Config, GPT2LMHeadModel
 from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.sampling_params import StructuredOutputsParams
@@ -23,21 +21,6 @@ TREES = {
     "chain": {"tree": "chain", **ALWAYS},
     "small": {"num_speculative_tokens": 3, **ALWAYS},
 }
-
-
-@pytest.fixture(scope="module")
-def repeating(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A target that mostly looks at the last token: its text runs in circles."""
-    return save_target(tmp_path_factory.mktemp("repeating"), TinyModel(init=0.05))
-
-
-def repeated_prompts(count: int, seed: int) -> list[Request]:
-    """Greedy requests whose prompts are a dozen random tokens, three times."""
-    rng = random.Random(seed)
-    return [
-        Request(tuple(rng.randrange(3, 512) for _ in range(12)) * 3)
-        for _ in range(count)
-    ]
 
 
 def accepted_context(engine: Any) -> int:
