@@ -95,6 +95,7 @@ class Drafting:
     def forget(self, request: str) -> None:
         """The request is gone."""
         self.backlog.drop(request)
+        self._expected.pop(request, None)
         if self.chooser is not None:
             self.chooser.forget(request)
 
@@ -113,7 +114,7 @@ class Drafting:
         )
         plan = self._plan(ids, context, waiting, next_work)
         growth, augmented = self._grow(step, context, plan)
-        self._remember_walk(step, growth.walk)
+        self._remember_walk(step, context, growth.walk)
         growth = growth._replace(
             trees=self._sized(ids, context, plan, growth, augmented, next_work)
         )
@@ -162,7 +163,7 @@ class Drafting:
         """The trees, and for how many rows draft KV was written."""
         options = self.grower.options
         ask = torch.from_numpy(plan.ask).to(self.drafter.device)
-        model, hidden, rows = self._asked(step, plan, ask)
+        model, hidden, rows = self._asked(step, plan)
         limits = None
         if not options.has_fixed_shape:
             limits = options.dynamic_tree().without_nodes_below(plan.least)
@@ -174,7 +175,7 @@ class Drafting:
         return self.grower.grow(model, hidden, context, ask, limits), rows
 
     def _asked(
-        self, step: FinishedStep, plan: Plan, ask: torch.Tensor
+        self, step: FinishedStep, plan: Plan
     ) -> tuple[Draft | None, torch.Tensor, int]:
         """The head, its states [B, H] at the roots, and rows that got draft KV.
 
@@ -190,7 +191,8 @@ class Drafting:
         )
         ids = [step.requests[i] for i in asked]
         committed = self.backlog.take(ids, asked, step.block_table)
-        hidden[ask] = head.augment(committed, step.attention, step.block_size)
+        places = torch.from_numpy(np.flatnonzero(plan.ask)).to(hidden.device)
+        hidden[places] = head.augment(committed, step.attention, step.block_size)
         return head.model, hidden, len(committed.positions)
 
     def _sized(
@@ -249,10 +251,18 @@ class Drafting:
                 ContextWalk(*(part[rows] for part in walk)), known
             )
 
-    def _remember_walk(self, step: FinishedStep, walk: ContextWalk | None) -> None:
-        if walk is None or self._limits is None:
+    def _remember_walk(
+        self,
+        step: FinishedStep,
+        context: ContextCandidates | None,  # on the host
+        walk: ContextWalk | None,
+    ) -> None:
+        if walk is None or context is None:
             return
-        self._walk = ContextWalk(*(part.cpu() for part in walk))
+        nodes = context.nodes
+        self._walk = ContextWalk(
+            nodes.tokens, nodes.parents, nodes.depths, context.cells, walk.credit.cpu()
+        )
         lengths = step.lengths[step.drafted].tolist()
         self._walk_rows = {
             step.requests[i]: (row, length)

@@ -251,7 +251,8 @@ class Clover2RunnerMixin:
     ) -> FinishedStep:
         """What drafting has to know of the step; call after the stock bookkeeping."""
         batch, accepted = self._batch, self._accepted
-        self._count_accepted(batch, accepted)
+        paths, path_lengths = accepted.paths.cpu().numpy(), accepted.lengths.cpu()
+        self._count_accepted(batch, paths)
         num_reqs = batch.num_requests
         requests = list(self.input_batch.req_ids)
         lengths = self.input_batch.num_tokens_no_spec[:num_reqs].astype(np.int32)
@@ -269,7 +270,9 @@ class Clover2RunnerMixin:
             lengths=lengths,
             committed=None
             if hidden_states is None
-            else self._committed_rows(batch, accepted, hidden_states),
+            else self._committed_rows(
+                batch, paths, path_lengths.numpy(), hidden_states
+            ),
             block_table=blocks.get_cpu_tensor().numpy()[:num_reqs],
             attention=attention,
             block_size=blocks.block_size,
@@ -292,12 +295,12 @@ class Clover2RunnerMixin:
             return False
         return True
 
-    def _count_accepted(self, batch: VerifyBatch, accepted: AcceptedPaths) -> None:
+    def _count_accepted(self, batch: VerifyBatch, paths: np.ndarray) -> None:
         """Count verified and accepted nodes by who proposed them."""
         if not batch.max_depth:
             return
-        offsets = batch.trees.row_offsets[:-1, None]
-        rows = (accepted.paths + offsets)[accepted.paths > 0].cpu().numpy()
+        offsets = np.cumsum(batch.row_counts) - batch.row_counts
+        rows = (paths + offsets[:, None])[paths > 0]
         for source in Source:
             name = source.name.lower()
             self.drafts.counts[f"verified, {name}"] += int(
@@ -331,7 +334,8 @@ class Clover2RunnerMixin:
     def _committed_rows(
         self,
         batch: VerifyBatch,
-        accepted: AcceptedPaths,
+        paths: np.ndarray,  # [num_reqs, depth] accepted rows
+        path_lengths: np.ndarray,  # [num_reqs]
         hidden_states: torch.Tensor,  # [rows, hidden]
     ) -> CommittedRows:
         """Rows of the step that are text now; call after the stock bookkeeping.
@@ -344,7 +348,7 @@ class Clover2RunnerMixin:
         first_positions = self.input_batch.num_computed_tokens_cpu[:num_reqs]
         # Up to and including the root; further rows are accepted nodes.
         upto_root = batch.root_query_rows - starts + 1
-        counts = (upto_root + accepted.lengths.cpu().numpy()).astype(np.int32)
+        counts = (upto_root + path_lengths).astype(np.int32)
 
         requests = np.repeat(np.arange(num_reqs), counts)
         ends = np.cumsum(counts)
@@ -352,7 +356,6 @@ class Clover2RunnerMixin:
         rows = starts[requests] + within
         step = within - upto_root[requests]  # 0.. for accepted nodes, else negative
         accepted_rows = step >= 0
-        paths = accepted.paths.cpu().numpy()
         of_node = requests[accepted_rows]
         rows[accepted_rows] = (
             batch.root_query_rows[of_node] + paths[of_node, step[accepted_rows]]
