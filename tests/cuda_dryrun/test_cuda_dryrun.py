@@ -74,10 +74,10 @@ def test_the_emulated_kernels_ran(results: dict[str, Any]) -> None:
 # is not pinned, arrays that are pinned for one copy. As of today; to be lowered. (Where
 # drafts are planted, the planter's own transfers would count.)
 MOST = {
-    "own drafts": (13, 9, 8),
-    "own drafts, adaptive": (14, 9, 8),
-    "own drafts, penalties": (19.5, 9, 9.1),
-    "own drafts, chain": (14, 5, 8),
+    "own drafts": (12, 19, 8),
+    "own drafts, adaptive": (13, 19, 8),  # less where the head is not asked
+    "own drafts, penalties": (18.5, 19, 9.1),
+    "own drafts, chain": (13, 19, 8),
 }
 
 
