@@ -8,6 +8,8 @@ no candidate have the log-probability -inf.
 
 import torch
 
+from vllm_clover2.tree.context import held_below
+
 _LEAST_CREDIT = 1e-6
 """Keeps the credit of a context node finite where neither source expected it."""
 _GRID = 2.0**-12
@@ -57,7 +59,7 @@ def add_candidates(
     same = tokens[:, None, None, 1 : 1 + nodes] == drafted[..., None]
     twin = same & twin[:, :, None]  # [B, F, k, N]
 
-    held = _held(beside, own_parents)  # [B, 1 + N]
+    held = held_below(beside, own_parents)  # [B, 1 + N]
     own = rows <= nodes  # a context node, or the root
     row_or_root = rows.masked_fill(~own, 0)
     # State of each context row that the head was asked about, -1: none.
@@ -132,15 +134,6 @@ def best_candidates(
     tree_depths = _depths(links).masked_fill(~kept, 0)
     sizes = kept.sum(1, dtype=torch.int32)
     return rows, links.int(), tree_depths.int(), values, sizes
-
-
-def _held(
-    weights: torch.Tensor,  # [B, N]
-    parents: torch.Tensor,  # [B, N] int64, rows
-) -> torch.Tensor:
-    """What the children of every row hold together [B, 1 + N]; row 0 is the root."""
-    rows = weights.new_zeros(len(weights), weights.shape[1] + 1)
-    return rows.scatter_add(1, parents, weights)
 
 
 def _context_joint(

@@ -30,7 +30,7 @@ class TreeOptions(pydantic.BaseModel):
     # per step (SmolLM2-135M, greedy: 2.13 instead of 2.31).
     min_ratio: float = pydantic.Field(0.0, ge=0.0, le=1.0)
     # Dynamic trees and chains: grow and verify fewer nodes where they cost more than
-    # they yield (see tree.budget). Off: always num_speculative_tokens, if the tree has
+    # they yield (see tree.chooser). Off: always num_speculative_tokens, if the tree has
     # as many.
     adaptive: bool = True
     # Dynamic trees and chains: continuations of earlier occurrences of the text's last
