@@ -9,7 +9,7 @@ the head for, write the draft's KV of those, grow, and cut the trees to what pay
 import dataclasses
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,6 +45,13 @@ class FinishedStep:
     block_size: int  # tokens in one entry of the block tables
     work: Work  # what the pass did
     prompt_rows: int  # that are left for the next step
+
+
+class _Known(NamedTuple):
+    """What the text alone says of B requests, for the chooser."""
+
+    open: np.ndarray  # [B] what it leaves a head below each root
+    joint: np.ndarray  # [B, N] probabilities of its nodes, 0: none
 
 
 class StepClock:
@@ -107,16 +114,17 @@ class Drafting:
         if not step.drafted:
             return self._ended(step, Growth(_no_trees(0), None), 0)
         context = self._context(step)
+        known = self._known(context, len(step.drafted))
         ids = [step.requests[i] for i in step.drafted]
         waiting = self._waiting(ids)
         next_work = Work(
             len(ids) + step.prompt_rows, step.prompt_rows, int(step.lengths.sum())
         )
-        plan = self._plan(ids, context, waiting, next_work)
+        plan = self._plan(ids, known, waiting, next_work)
         growth, augmented = self._grow(step, context, plan)
         self._remember_walk(step, context, growth.walk)
         growth = growth._replace(
-            trees=self._sized(ids, context, plan, growth, augmented, next_work)
+            trees=self._sized(ids, known, plan, growth, augmented, next_work)
         )
         return self._ended(step, growth, augmented)
 
@@ -131,6 +139,11 @@ class Drafting:
         )
         return self.grower.calibration.judge(nodes)
 
+    def _known(self, context: ContextCandidates | None, requests: int) -> _Known:
+        if context is None or self.chooser is None:  # without one nobody asks
+            return _Known(np.ones(requests), np.zeros((requests, 0)))
+        return _Known(context.open().numpy(), context.joint().numpy())
+
     def _waiting(self, ids: list[str]) -> np.ndarray:
         """Rows without draft KV [B]; -1 where the head cannot be asked."""
         if self.head is None:
@@ -140,16 +153,14 @@ class Drafting:
     def _plan(
         self,
         ids: list[str],
-        context: ContextCandidates | None,
+        known: _Known,
         waiting: np.ndarray,
         work: Work,
     ) -> Plan:
         """The decision of tensor-parallel rank 0: ranks measure different times."""
         if self.chooser is None:
             return Plan(waiting >= 0, 0.0, 0.0, 0.0)
-        plan = self.chooser.plan(
-            ids, _open(context, len(ids)), _joint(context, len(ids)), waiting, work
-        )
+        plan = self.chooser.plan(ids, known.open, known.joint, waiting, work)
         group = get_tp_group()
         if group.world_size == 1:
             return plan
@@ -198,7 +209,7 @@ class Drafting:
     def _sized(
         self,
         ids: list[str],
-        context: ContextCandidates | None,
+        known: _Known,
         plan: Plan,
         growth: Growth,
         augmented: int,
@@ -214,8 +225,8 @@ class Drafting:
             if plan.ask.any() and not self.grower.options.has_fixed_shape:
                 self.chooser.learn_gain(
                     plan,
-                    _open(context, len(ids)),
-                    _joint(context, len(ids)),
+                    known.open,
+                    known.joint,
                     joint,
                     work,
                     growth.levels,
@@ -284,17 +295,3 @@ class Drafting:
 
 def _no_trees(requests: int) -> GrownTrees:
     return GrownTrees.empty(requests, torch.device("cpu"))
-
-
-def _open(context: ContextCandidates | None, requests: int) -> np.ndarray:
-    """What the context leaves the head below each root [B]."""
-    if context is None:
-        return np.ones(requests)
-    first = context.nodes.depths == 1
-    return 1.0 - (context.beside * first).sum(dim=1).numpy()
-
-
-def _joint(context: ContextCandidates | None, requests: int) -> np.ndarray:
-    if context is None:
-        return np.zeros((requests, 0))
-    return context.joint().numpy()

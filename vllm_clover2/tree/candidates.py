@@ -62,10 +62,8 @@ class CandidatePool:
     def roots(self) -> Frontier:
         """The level above all nodes."""
         zeros = self._parents[:, :1]
-        first = self._context.nodes.depths == 1
-        held = (self._context.beside * first).sum(dim=1, keepdim=True)
         each = torch.arange(len(zeros), device=zeros.device)[:, None]
-        return Frontier(zeros, zeros, each, 1.0 - held)
+        return Frontier(zeros, zeros, each, self._context.open()[:, None])
 
     def add(
         self,

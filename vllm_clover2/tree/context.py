@@ -75,6 +75,11 @@ class ContextCandidates(NamedTuple):
             nodes, *(x.to(device, non_blocking=True) for x in self[1:])
         )
 
+    def open(self) -> torch.Tensor:
+        """What the context leaves a head below each root [B]."""
+        first = self.nodes.depths == 1
+        return 1.0 - (self.beside * first).sum(dim=1)
+
     def joint(self) -> torch.Tensor:
         """Joint probabilities [B, N] if nobody else is asked, 0 for padding."""
         parents = self.nodes.parents.long()
