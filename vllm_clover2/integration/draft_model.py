@@ -189,22 +189,6 @@ class Clover2DraftModel(nn.Module):
         embeddings = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         return self.model(positions, hidden_states, embeddings)
 
-    def first(
-        self, hidden: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # [n, hidden], [n, draft_vocab]
-        """State and log-probabilities of the root's children."""
-        state = hidden.to(self.recurrent.norm.weight.dtype)
-        return state, self._log_probs(self.recurrent.first(state))
-
-    def advance(
-        self,
-        state: torch.Tensor,  # [n, hidden]
-        tokens: torch.Tensor,  # [n] target ids
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One recurrent step along ``tokens``; same outputs as :meth:`first`."""
-        state, output = self._step(state, tokens)
-        return state, self._log_probs(output)
-
     def first_top_k(
         self,
         hidden: torch.Tensor,  # [n, hidden]
@@ -221,7 +205,8 @@ class Clover2DraftModel(nn.Module):
         k: int,
     ) -> tuple[torch.Tensor, TopK]:
         """One recurrent step along ``tokens``; same outputs as :meth:`first_top_k`."""
-        state, output = self._step(state, tokens)
+        embeddings = self.embed(tokens).to(state.dtype)
+        state, output = self.recurrent.advance(state, embeddings)
         return state, self._top_k(output, k)
 
     def token_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
@@ -267,20 +252,10 @@ class Clover2DraftModel(nn.Module):
             self.model.rab1.fuse(serving_product)
         return loaded
 
-    def _step(
-        self, state: torch.Tensor, tokens: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        embeddings = self.embed(tokens).to(state.dtype)
-        return self.recurrent.advance(state, embeddings)
-
     def _top_k(self, output: torch.Tensor, k: int) -> TopK:
         logits = self.compute_logits(output)
         values, draft_ids = ops.top_k_log_probs(logits, min(k, logits.shape[-1]))
         return TopK(values, self.token_ids(draft_ids))
-
-    def _log_probs(self, output: torch.Tensor) -> torch.Tensor:
-        logits = self.compute_logits(output)
-        return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
 
 
 class Int8LinearMethod(UnquantizedLinearMethod):

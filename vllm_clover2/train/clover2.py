@@ -81,10 +81,6 @@ class DraftVocabulary:
         self._logits = make_product(output, None)
         self._ids = ids
 
-    def _log_probs(self, out: torch.Tensor) -> torch.Tensor:
-        """[..., H] -> [..., Vd] float32."""
-        return torch.log_softmax(self._logits(out), dim=-1, dtype=torch.float32)
-
     def _top_k(self, out: torch.Tensor, k: int) -> TopK:
         """The k likeliest tokens, or all, after outputs [M, H]."""
         logits = self._logits(out)
@@ -109,15 +105,6 @@ class HeadDraft(DraftVocabulary):
         super().__init__(output, ids, make_product)
         self._recurrent = model.recurrent
         self._embeddings = lm_head  # [V, H]
-
-    def first(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return hidden, self._log_probs(self._recurrent.first(hidden))
-
-    def advance(
-        self, state: torch.Tensor, tokens: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        state, out = self._recurrent.advance(state, self._embeddings[tokens])
-        return state, self._log_probs(out)
 
     def first_top_k(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, TopK]:
         return hidden, self._top_k(self._recurrent.first(hidden), k)

@@ -107,24 +107,16 @@ class Eagle1Draft(DraftVocabulary):
         self._keys, self._values = prefix
         self._roots = roots
 
-    def first(
+    def first_top_k(
         self,
         hidden: torch.Tensor,  # [B, H] features after the roots
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # [B, H], [B, Vd] float32
-        return hidden, self._log_probs(hidden)
-
-    def advance(
-        self, state: torch.Tensor, tokens: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # one level wider, [M, Vd] float32
-        state, out = self._step(state, tokens)
-        return state, self._log_probs(out)
-
-    def first_top_k(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, TopK]:
+        k: int,
+    ) -> tuple[torch.Tensor, TopK]:  # [B, H], [B, k]
         return hidden, self._top_k(hidden, k)
 
     def advance_top_k(
         self, state: torch.Tensor, tokens: torch.Tensor, k: int
-    ) -> tuple[torch.Tensor, TopK]:
+    ) -> tuple[torch.Tensor, TopK]:  # one level wider, [M, k]
         state, out = self._step(state, tokens)
         return state, self._top_k(out, k)
 

@@ -123,7 +123,7 @@ def test_wider_trees_accept_at_least_as_much(
 
 def test_drafted_ids_belong_to_the_target(head: Clover2Model, target: Target) -> None:
     draft = HeadDraft(head, target.lm_head)
-    _, log_probs = draft.first(torch.randn(2, 32))
+    _, (log_probs, _) = draft.first_top_k(torch.randn(2, 32), 40)
     assert log_probs.shape == (2, 40)
     torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(2))
     assert torch.equal(draft.token_ids(torch.arange(40)), head.draft_vocab_ids)
