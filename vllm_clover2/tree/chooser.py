@@ -11,6 +11,7 @@ only known after it was asked, so it is remembered from when it last was; while 
 not asked it is probed now and then.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,8 @@ _PROBED = 4
 """Requests it is then asked for."""
 _BACKLOG_STEPS = 8
 """Steps over which making up for missing KV is expected to pay."""
+_LEAST_NET = 0.05
+"""Where the head brings next to nothing it is still asked for a level, to be judged."""
 _TRUST_MEMORY = 0.1
 _TRUST_PRIOR = 2.0
 """Expected tokens for which a new request is taken to be like the others."""
@@ -38,16 +41,16 @@ class _HeadGain:
     """What asking the head brings, by unit of open probability, at some load."""
 
     tokens: float = 0.6  # expected accepted tokens
+    net: float = 0.4  # the same less what verifying them takes, as tokens
     rows: float = 4.0  # nodes worth verifying
     levels: float = 3.0  # grown for the whole batch
     nodes: float = 8.0  # asked about, a request
     probe_after: int = _FIRST_PROBE
     idle: int = 0  # steps since it was asked
 
-    def learn(self, tokens: float, rows: float, levels: float, nodes: float) -> None:
-        for name, value in zip(
-            ("tokens", "rows", "levels", "nodes"), (tokens, rows, levels, nodes)
-        ):
+    def learn(self, **observed: float) -> None:
+        """Move the named averages toward what was seen."""
+        for name, value in observed.items():
             old = getattr(self, name)
             setattr(self, name, old + _GAIN_MEMORY * (value - old))
 
@@ -122,7 +125,7 @@ class Chooser:
         ask[order[:count]] = True
         slopes = np.diff(times)
         least = rate * float(slopes.min()) if len(slopes) else 2.0
-        per_mass = rate / max(gain.tokens, 1e-3)
+        per_mass = rate / max(gain.net, _LEAST_NET)
         return Plan(ask, least, self.cost.level * per_mass, self.cost.node * per_mass)
 
     def _gain(self, requests: int) -> _HeadGain:
@@ -131,8 +134,8 @@ class Chooser:
         if size not in self._gains:
             smaller = [s for s in self._gains if s < size]
             like = self._gains[max(smaller)] if smaller else _HeadGain()
-            self._gains[size] = _HeadGain(
-                like.tokens, like.rows, like.levels, like.nodes
+            self._gains[size] = dataclasses.replace(
+                like, probe_after=_FIRST_PROBE, idle=0
             )
         return self._gains[size]
 
@@ -205,11 +208,14 @@ class Chooser:
         after, rows = best_nodes(joint, requests, times)
         mass = float(open_[plan.ask].sum())
         if mass > 0.0:
+            tokens = after - before
+            rate = (requests + before) / times[rows_before]
             self._gain(requests).learn(
-                (after - before) / mass,
-                (rows - rows_before) / mass,
-                levels,
-                nodes / int(plan.ask.sum()),
+                tokens=tokens / mass,
+                net=(tokens - rate * (times[rows] - times[rows_before])) / mass,
+                rows=(rows - rows_before) / mass,
+                levels=levels,
+                nodes=nodes / int(plan.ask.sum()),
             )
 
 

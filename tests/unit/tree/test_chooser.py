@@ -155,6 +155,26 @@ def test_what_the_head_adds_is_learned() -> None:
     assert not plan(chooser, 4).ask.any()
 
 
+def test_levels_must_pay_for_the_rows_that_verify_them_too() -> None:
+    """The same candidates: where rows cost more, a level needs more to start from."""
+    limits = []
+    for row in (0.01e-3, 3e-3):
+        chooser = Chooser(cost_of(row, knee=1))
+        for _ in range(100):
+            joint = np.array([[0.6, 0.3, 0.2, 0.1]])
+            chooser.learn_gain(
+                plan(chooser, 1),
+                np.ones(1),
+                np.zeros((1, 0)),
+                joint,
+                Work(1, 0, 0),
+                5,
+                9,
+            )
+        limits.append(plan(chooser, 1).level_mass)
+    assert 1.3 * limits[0] < limits[1] < 0.5
+
+
 def test_requests_are_trusted_by_what_became_of_their_drafts() -> None:
     chooser = Chooser(CURVES["flat, then steep"])
     for _ in range(50):
