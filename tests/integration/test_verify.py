@@ -123,6 +123,23 @@ def test_only_trees() -> None:
     assert rows.row_offsets.tolist() == [0, 6, 12]
 
 
+def test_beside_a_tree_all_rows_are_attended_to_once() -> None:
+    links, sources = np.arange(2, dtype=np.int32), np.ones(2, dtype=np.int8)
+    chain = Draft(32, [3, 4], links, sources, is_chain=True)
+    batch = VerifyBatch.build(
+        [chain, TREE, None], np.array([31, 20, 8]), np.array([3, 6, 1])
+    )
+    assert batch.tree_requests.tolist() == [1]
+    rows = batch.tree_rows(torch.zeros((3, 1), dtype=torch.int32))
+    assert rows is not None
+    assert rows.covers_batch
+    assert rows.prefix_lens.tolist() == [31, 20, 8]
+    assert rows.query_starts.tolist() == [0, 3, 9]
+    assert rows.row_offsets.tolist() == [0, 3, 9, 10]
+    assert rows.ancestors.tolist()[:3] == [0b1, 0b11, 0b111]
+    assert rows.ancestors.tolist()[-1] == 0b1
+
+
 def test_no_tree_at_all() -> None:
     batch = VerifyBatch.build([None, None], np.array([0, 4]), np.array([7, 1]))
     assert batch.tree_rows(torch.zeros((2, 1), dtype=torch.int32)) is None

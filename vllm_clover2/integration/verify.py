@@ -160,10 +160,16 @@ class VerifyBatch:
         return torch.from_numpy(roots).to(depths.device) + depths
 
     def tree_rows(self, block_table: torch.Tensor) -> TreeRows | None:
-        """The branching requests for attention; ``block_table`` [R, blocks] int32."""
+        """What attends along trees; ``block_table`` [R, blocks] int32.
+
+        Beside a tree roots and chains are taken for trees as well, unless there are
+        prompt rows, which vLLM's attention has to run for in any case.
+        """
         requests = self.tree_requests
         if not len(requests):
             return None
+        if int(self.row_counts.sum()) == self.query_rows:
+            requests = np.arange(self.num_requests)
         device = block_table.device
 
         def on_device(array: np.ndarray) -> torch.Tensor:
