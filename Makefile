@@ -11,6 +11,8 @@ VENV_PYTHON := .venv/bin/python
 PIP := $(VENV_PYTHON) -m pip install -c $(PINS)
 BUILD_WHEEL := -m pip wheel --no-cache-dir --no-deps --no-build-isolation -w dist
 TARGET := build/SmolLM2-135M-Instruct
+# Two processes; files stay whole, because their tests share engines.
+SIDE_BY_SIDE := -n 2 --dist loadfile
 KERNELS := $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name '*.hpp' \
                    -o -name '*.cu' -o -name '*.cuh')
 
@@ -27,7 +29,7 @@ test: $(TARGET)/config.json .venv/package.done ## linters and all CPU tests
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	$(VENV_PYTHON) -m pytest $(ARGS)
+	$(VENV_PYTHON) -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 quick: .venv/package.done ## tests that start no engine, in under a minute
 	$(VENV_PYTHON) -m pytest -m "not slow" tests/unit tests/ops tests/model $(ARGS)

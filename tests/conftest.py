@@ -14,6 +14,9 @@ REPO = Path(__file__).parents[1]
 # an engine ten times slower as soon as anything else runs on the machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Test processes side by side share the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def existing(path: Path, what: str, variable: str) -> Path:

@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 REPO = Path(__file__).parents[2]
 RELEASES = ("0.32.0", "0.33.0")
@@ -40,6 +41,11 @@ def _fetch(release: str) -> str | None:
     if folder.exists():
         return None
     folder.parent.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # other test processes want it too
+        return None if folder.exists() else _download(release, folder)
+
+
+def _download(release: str, folder: Path) -> str | None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         command = [
             *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"),

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from vllm_clover2.ops import schema
 
@@ -49,9 +50,16 @@ def build() -> Path:
         for source in sorted(folder.rglob("*.[ch]*")):
             digest.update(source.read_bytes())
     library = REPO / "build" / f"emulated-{digest.hexdigest()[:16]}.so"
-    if library.exists():
-        return library
     library.parent.mkdir(exist_ok=True)
+    with FileLock(
+        library.with_name("emulated.lock")
+    ):  # other test processes want it too
+        if not library.exists():
+            _compile(compiler, emulated, library)
+    return library
+
+
+def _compile(compiler: str, emulated: Path, library: Path) -> None:
     for old in library.parent.glob("emulated-*.so"):
         old.unlink()
     torch_folder = Path(torch.__file__).parent
@@ -67,4 +75,4 @@ def build() -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the emulated kernels do not compile:\n{done.stderr}")
-    return unfinished.rename(library)
+    unfinished.rename(library)
