@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm-clover2 COMMAND`: train, generate, evaluate, benchmark, convert, heads.
+"""`vllm-clover2 COMMAND`: train, generate, evaluate, benchmark, and more.
 
 Options of the larger commands are generated from their pydantic settings.
 Imports are made by the command that needs them, so that `heads list` is quick.
@@ -49,7 +49,7 @@ def _settings_command(
 
 
 def _parser() -> argparse.ArgumentParser:
-    from vllm_clover2.bench.config import BenchmarkConfig
+    from vllm_clover2.bench.config import BenchmarkConfig, LosslessConfig
     from vllm_clover2.train.config import EvaluateConfig, TrainConfig
     from vllm_clover2.train.generate import GenerateConfig
 
@@ -69,6 +69,12 @@ def _parser() -> argparse.ArgumentParser:
         BenchmarkConfig,
         "measure what speculation brings on this machine, at every load",
     )
+    _settings_command(
+        commands,
+        "verify-lossless",
+        LosslessConfig,
+        "compare text with vLLM's own: greedy, seeded, sampled",
+    )
     convert = commands.add_parser(
         "convert", help="convert a checkpoint of the original Clover-2 project"
     )
@@ -83,6 +89,13 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("head", help="the head's folder, or its name on the hub")
     actions.add_parser("list", help="show the heads that are known")
     actions.add_parser("remove", help="forget a head").add_argument("target")
+    summary = "whether this machine can serve a target with a head, and what to mend"
+    doctor = commands.add_parser("doctor", help=summary, description=summary)
+    doctor.add_argument("--target", help="a folder or a hub name; default: none")
+    doctor.add_argument("--head", help="likewise; default: the one known for target")
+    doctor.add_argument("--dtype", default="auto", help="as vLLM takes it")
+    doctor.add_argument("--enforce-eager", action="store_true", help="as vLLM takes it")
+    doctor.add_argument("--json", type=Path, metavar="FILE", help="all findings")
     return parser
 
 
@@ -105,6 +118,17 @@ def _run_heads(arguments: argparse.Namespace) -> None:
             print("no heads are known; add one with `vllm-clover2 heads add`")
 
 
+def _run_doctor(arguments: argparse.Namespace) -> bool:
+    from rich.console import Console
+
+    from vllm_clover2.doctor import Doctor, diagnose
+
+    doctor = Doctor(
+        arguments.target, arguments.head, arguments.dtype, arguments.enforce_eager
+    )
+    return diagnose(doctor, arguments.json, Console())
+
+
 def _run_convert(arguments: argparse.Namespace) -> None:
     from vllm_clover2.train.convert import convert
 
@@ -125,8 +149,17 @@ def _evaluate(settings: Any) -> dict[str, dict[str, object]]:
     return evaluate(settings)
 
 
-def _run_settings(command: str, settings: BaseModel) -> None:
-    from vllm_clover2.bench.config import BenchmarkConfig
+def _verify_lossless(settings: Any) -> int:
+    from vllm_clover2.bench.lossless import verify_lossless
+    from vllm_clover2.bench.verdict import Verdict
+
+    codes = {Verdict.WRONG: 1, Verdict.INCONCLUSIVE: 2}
+    return codes.get(verify_lossless(settings), 0)
+
+
+def _run_settings(command: str, settings: BaseModel) -> int:
+    """The status that the process ends with."""
+    from vllm_clover2.bench.config import BenchmarkConfig, LosslessConfig
     from vllm_clover2.train.config import EvaluateConfig, TrainConfig
     from vllm_clover2.train.generate import GenerateConfig, generate
 
@@ -142,8 +175,11 @@ def _run_settings(command: str, settings: BaseModel) -> None:
         from vllm_clover2.bench.run import benchmark
 
         print(f"all figures: {benchmark(settings)}")
+    elif isinstance(settings, LosslessConfig):
+        return _verify_lossless(settings)
     else:
         raise AssertionError(command)
+    return 0
 
 
 def _settings_of(arguments: argparse.Namespace) -> BaseModel:
@@ -171,8 +207,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             _run_heads(arguments)
         elif arguments.command == "convert":
             _run_convert(arguments)
+        elif arguments.command == "doctor":
+            return 0 if _run_doctor(arguments) else 1
         else:
-            _run_settings(arguments.command, _settings_of(arguments))
+            return _run_settings(arguments.command, _settings_of(arguments))
     except (ValueError, RuntimeError, OSError) as error:
         print(f"vllm-clover2: {error}", file=sys.stderr)
         return 1

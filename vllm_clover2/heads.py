@@ -21,6 +21,9 @@ __all__ = [
     "add_head",
     "find_head",
     "known_heads",
+    "local_folder",
+    "read_config_json",
+    "recorded_target",
     "remove_head",
 ]
 
@@ -46,7 +49,7 @@ class KnownHead:
     def problem(self) -> str | None:
         """Why its config cannot be read, or None: a look at one small file."""
         try:
-            _head_config(self.folder)
+            read_config_json(self.folder)
         except ValueError as error:
             return str(error)
         return None
@@ -96,26 +99,32 @@ def _normal(target: str) -> str:
     return str(path.resolve()) if path.exists() else target.rstrip("/")
 
 
-def _head_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+def read_config_json(folder: Path, model_type: str = "clover2") -> dict[str, Any]:
+    """What the config.json of a draft head says, its values unchecked.
+
+    Raises:
+        ValueError: there is none, or it is of another kind than `model_type`.
+    """
     try:
-        config = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        content = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"{folder} is no draft head: config.json cannot be read ({error})"
+            f"{folder} is no draft head: it must hold a config.json and a "
+            f"model.safetensors, but config.json cannot be read ({error})"
         ) from error
-    if not isinstance(config, dict) or config.get("model_type") != "clover2":
+    found = content.get("model_type") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or found != model_type:
         raise ValueError(
-            f"{folder} is no Clover-2 head: its config.json must be an object with "
-            f"model_type 'clover2', found {str(config)[:60]!r}; `vllm-clover2 convert` "
-            "reads checkpoints of the original project"
+            f"{folder} is no {model_type} head: the model_type in its config.json must "
+            f"be {model_type!r}, found {found!r}. 'vllm-clover2 convert' reads "
+            "checkpoints of the original project"
         )
-    return config
+    return content
 
 
-def _recorded_target(folder: Path) -> dict[str, Any]:
+def recorded_target(folder: Path) -> dict[str, Any]:
     """What the head's config says of the target that it was trained for."""
-    recorded = _head_config(folder).get("target")
+    recorded = read_config_json(folder).get("target")
     return recorded if isinstance(recorded, dict) else {}
 
 
@@ -127,7 +136,7 @@ def add_head(target: str, head: str | Path) -> KnownHead:
     """
     from vllm_clover2.model.head_files import check_head
 
-    folder = _local_folder(str(head))
+    folder = local_folder(str(head))
     check_head(folder)
     content = _read_registry()
     content[_normal(target)] = str(folder)
@@ -135,7 +144,11 @@ def add_head(target: str, head: str | Path) -> KnownHead:
     return KnownHead(_normal(target), folder, shipped=False)
 
 
-def _local_folder(head: str) -> Path:
+def local_folder(
+    head: str,
+    revision: str | None = None,
+    cache: str | None = None,  # where the hub's files are kept; None: its own choice
+) -> Path:
     """The folder `head`, or the hub's head of this name after it was downloaded."""
     folder = Path(head).expanduser()
     if folder.exists():
@@ -146,7 +159,11 @@ def _local_folder(head: str) -> Path:
         # Without a connection, or with HF_HUB_OFFLINE=1, this is what was downloaded
         # before.
         files = ["config.json", "model.safetensors"]
-        return Path(snapshot_download(head, allow_patterns=files))
+        return Path(
+            snapshot_download(
+                head, revision=revision, cache_dir=cache, allow_patterns=files
+            )
+        )
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{head} must be a head's folder or its name on the hub, but there is no "
@@ -173,7 +190,7 @@ def known_heads() -> list[KnownHead]:
     shipped = []
     for config_path in sorted(SHIPPED.glob("*/config.json")):
         folder = config_path.parent
-        name = _recorded_target(folder).get("name", folder.name)
+        name = recorded_target(folder).get("name", folder.name)
         shipped.append(KnownHead(name, folder, shipped=True))
     return added + shipped
 
@@ -209,7 +226,7 @@ def find_head(target: str, target_config: Mapping[str, Any] | Any) -> Path:
                 head.problem,
                 head.target,
             )
-        elif _same_target(_recorded_target(head.folder), target, target_config):
+        elif _same_target(recorded_target(head.folder), target, target_config):
             return head.folder
     raise ValueError(_no_head(target, heads))
 

@@ -2,6 +2,7 @@
 """What every result carries: files written whole or not at all, and provenance."""
 
 import datetime
+import hashlib
 import json
 import os
 import platform
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "chat_template_sha256",
     "command",
     "cpu_model",
     "git_commit",
@@ -45,6 +47,22 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def chat_template_sha256(target: str) -> str | None:
+    """Which chat template `target` has: a hash, or None without a template.
+
+    Raises:
+        ValueError, OSError: `target` has no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    template = AutoTokenizer.from_pretrained(target).chat_template
+    if template is None:
+        return None
+    # Several templates have names; sorted, so that their order does not matter.
+    text = json.dumps(template, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def git_commit() -> str | None:

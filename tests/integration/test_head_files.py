@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damaged heads are refused, with what is at fault, before any process starts; one
-from the hub is refused when it is loaded.
-"""
+"""Damaged heads are refused, with what is at fault, before any process starts."""
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import TinyModel, save_random_head
 from vllm.engine.arg_utils import EngineArgs
+
+from vllm_clover2.integration.draft_model import _checked
+from vllm_clover2.model import Clover2Config
 
 Weights = dict[str, torch.Tensor]
 
@@ -109,40 +109,52 @@ def test_impossible_sizes(target: Path, tmp_path: Path, key: str, value: int) ->
         engine_config(target, head)
 
 
-@pytest.fixture(scope="module")
-def refusals(
-    target: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, str | None]:
-    """What an engine says of each head when it knows it by its name on the hub."""
-    folder = tmp_path_factory.mktemp("hub")
-    for name in DAMAGE:
-        repository = folder / f"models--org--{name}"
-        save_damaged_head(repository / "snapshots" / "0123abcd", name)
-        (repository / "refs").mkdir()
-        (repository / "refs" / "main").write_text("0123abcd")
-    answers = folder / "answers.json"
-    script = Path(__file__).with_name("head_loading.py")
-    heads = [f"org/{name}" for name in DAMAGE]
-    subprocess.run(
-        [sys.executable, str(script), str(target), str(answers), *heads],
-        env=os.environ
-        | {
-            "HF_HUB_CACHE": str(folder),
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        },
-        check=True,
-        timeout=400,
-    )
-    return dict(zip(DAMAGE, json.loads(answers.read_text()), strict=True))
+BAD_CONFIGS = {
+    "not-json": ('{"model_type": ', "config.json cannot be read"),
+    "other-kind": ('{"model_type": "llama"}', "must be 'clover2', found 'llama'"),
+    "not-an-object": ("[1]", "must be 'clover2', found None"),
+}
 
 
-@pytest.mark.parametrize("name", DAMAGE)
-def test_damaged_weights_on_the_hub(name: str, refusals: dict[str, str | None]) -> None:
-    refusal = refusals[name]
+@pytest.mark.parametrize(("content", "message"), BAD_CONFIGS.values(), ids=BAD_CONFIGS)
+def test_damaged_config(
+    target: Path, tmp_path: Path, content: str, message: str
+) -> None:
+    head = save_random_head(tmp_path, TinyModel())
+    (head / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="head") as error:
+        engine_config(target, head)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["none", "nan", "truncated", "outside-id"])
+def test_damaged_weights_on_the_hub(
+    name: str, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the cache of what was downloaded, as without a connection."""
+    repository = tmp_path / f"models--org--{name}"
+    save_damaged_head(repository / "snapshots" / "0123abcd", name)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abcd")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     if name == "none":
-        assert refusal is None
-    else:
-        assert refusal is not None
-        assert DAMAGE[name][1] in refusal
+        assert engine_config(target, Path(f"org/{name}")) is not None
+        return
+    with pytest.raises(ValueError, match="head|model") as error:
+        engine_config(target, Path(f"org/{name}"))
+    assert DAMAGE[name][1] in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["none", "nan", "wrong-shape", "outside-id"])
+def test_weights_are_checked_when_loaded(name: str, tmp_path: Path) -> None:
+    """Heads that only vLLM's loader can reach, in object storage for example."""
+    head = save_damaged_head(tmp_path, name)
+    config = Clover2Config.from_pretrained(head)
+    weights = load_file(head / "model.safetensors")
+    if name == "none":
+        assert dict(_checked(weights.items(), config)).keys() == weights.keys()
+        return
+    with pytest.raises(ValueError, match="weights|ids") as error:
+        list(_checked(weights.items(), config))
+    assert DAMAGE[name][1] in str(error.value)

@@ -142,7 +142,7 @@ def test_head_of_another_target(
 
 
 def test_a_model_that_is_no_head(target: Path) -> None:
-    with pytest.raises(ValueError, match="model_type 'clover2'.*has 'llama'"):
+    with pytest.raises(ValueError, match="must be 'clover2', found 'llama'"):
         engine_config(target, clover2(target))
 
 

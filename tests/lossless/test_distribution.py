@@ -17,6 +17,7 @@ from planting import CommitSpy, Planter
 from tiny_models import TinyModel, save_random_head, save_target
 from transformers import LlamaForCausalLM
 
+from vllm_clover2.bench.statistics import chi_square
 from vllm_clover2.integration import sampling
 
 SMALL = TinyModel(vocab_size=16, init=0.12, seed=3)
@@ -69,17 +70,8 @@ def p_value(engine: Engine, expected: np.ndarray, **params: float) -> float:
     seen = np.zeros_like(expected)
     for output in engine.run([request] * NUM_SAMPLES):
         seen[output.tokens[1], output.tokens[2]] += 1
-    # Cells that expect little are judged together.
-    rare = expected < 5
-    observed = np.append(seen[~rare], seen[rare].sum())
-    wanted = np.append(expected[~rare], expected[rare].sum())
-    if wanted[-1] < 5:
-        observed = np.append(observed[:-2], observed[-2:].sum())
-        wanted = np.append(wanted[:-2], wanted[-2:].sum())
-    assert len(wanted) > 30
-    statistic = float(((observed - wanted) ** 2 / wanted).sum())
-    half_degrees, half = torch.tensor([len(wanted) - 1, statistic]).double() / 2
-    return float(torch.special.gammaincc(half_degrees, half))
+    assert (expected >= 5).sum() > 30
+    return chi_square(seen, expected)
 
 
 CASES = [

@@ -67,7 +67,8 @@ def test_wrong_values_are_one_line(
 
 
 def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("generate", "train", "evaluate", "benchmark", "convert", "heads"):
+    commands = ("generate", "train", "evaluate", "benchmark", "convert", "heads")
+    for command in (*commands, "doctor", "verify-lossless"):
         with pytest.raises(SystemExit) as exit_status:
             cli.main([command, "--help"])
         assert exit_status.value.code == 0

@@ -13,6 +13,8 @@ __all__ = [
     "METHODS",
     "SHIPPED_PROMPTS",
     "BenchmarkConfig",
+    "EngineSettings",
+    "LosslessConfig",
     "speculative_config",
 ]
 
@@ -37,13 +39,40 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "eagle": {"method": "eagle", "num_speculative_tokens": 3},
 }
 
+_CLOVER2_METHODS = [
+    name for name, one in METHODS.items() if one and one.get("method") == "clover2"
+]
 
-class BenchmarkConfig(BaseModel):
-    """Settings of a benchmark, in engines of this machine or through its servers."""
+
+class EngineSettings(BaseModel):
+    """What engines are started with, and the prompts that they answer."""
 
     model_config = ConfigDict(extra="forbid")
 
     target: str = Field(description="target model: a folder or a hub name")
+    prompts: Path = Field(
+        SHIPPED_PROMPTS, description="JSON lines with messages and, if wanted, task"
+    )
+    max_prompts: int | None = Field(
+        None, ge=1, description="use the first prompts of each task only"
+    )
+    max_tokens: int = Field(64, ge=2, description="longest answer")
+    head: Path | None = Field(
+        None, description="folder of the Clover-2 head; unset: the one known for target"
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    max_model_len: int | None = Field(
+        None, ge=2, description="unset: 2048, or the target's limit where it is lower"
+    )
+    kv_cache_gib: float = Field(2.0, gt=0, description="KV cache of each engine in GiB")
+    enforce_eager: bool = Field(
+        False, description="do not compile the target: starts sooner, runs slower"
+    )
+
+
+class BenchmarkConfig(EngineSettings):
+    """Settings of a benchmark, in engines of this machine or through its servers."""
+
     methods: list[str] = Field(
         ["none", "clover2-chain", "clover2"],
         min_length=1,
@@ -52,32 +81,12 @@ class BenchmarkConfig(BaseModel):
     concurrency: list[Annotated[int, Field(ge=1)]] = Field(
         [1, 2, 4, 8], min_length=1, description="requests in flight, one or several"
     )
-    prompts: Path = Field(
-        SHIPPED_PROMPTS, description="JSON lines with messages and, if wanted, task"
-    )
-    max_prompts: int | None = Field(
-        None, ge=1, description="use the first prompts of each task only"
-    )
-    max_tokens: int = Field(64, ge=2, description="longest answer")
     rounds: int = Field(3, ge=1, description="times that all prompts are answered")
     output: Path = Field(
         Path("build/benchmark"), description="folder for figures, tables, plots, logs"
     )
-    head: Path | None = Field(
-        None, description="folder of the Clover-2 head; unset: the one known for target"
-    )
     eagle_head: Path | None = Field(
         None, description="folder of the EAGLE head that method eagle drafts with"
-    )
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    max_model_len: int | None = Field(
-        None, ge=2, description="unset: 2048, or the target's limit where it is lower"
-    )
-    kv_cache_gib: float = Field(
-        2.0, gt=0, description="KV cache of each engine in GiB; all run side by side"
-    )
-    enforce_eager: bool = Field(
-        False, description="do not compile the target: starts sooner, runs slower"
     )
     served: bool = Field(
         False, description="measure `vllm serve` with `vllm bench serve` instead"
@@ -111,6 +120,39 @@ class BenchmarkConfig(BaseModel):
                 "--eagle-head, or leave eagle out"
             )
         return self
+
+
+class LosslessConfig(EngineSettings):
+    """Settings of a verification."""
+
+    method: str = Field("clover2", description=f"of {', '.join(_CLOVER2_METHODS)}")
+    concurrency: int = Field(
+        8, ge=2, description="requests in flight, beside one at a time"
+    )
+    temperature: float = Field(1.0, gt=0, description="of sampled answers")
+    samples: int = Field(
+        600, ge=0, description="short answers whose distribution is tested; 0: none"
+    )
+    output: Path = Field(
+        Path("build/lossless"), description="folder for results.json and engines' logs"
+    )
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, method: str) -> str:
+        if method not in _CLOVER2_METHODS:
+            raise ValueError(f"choose from {', '.join(_CLOVER2_METHODS)}")
+        return method
+
+    def engines(self) -> BenchmarkConfig:
+        """The same, for engines that answer one and several requests at a time."""
+        shared = {name: getattr(self, name) for name in EngineSettings.model_fields}
+        return BenchmarkConfig(
+            **shared,
+            methods=[self.method],
+            concurrency=[1, self.concurrency],
+            output=self.output,
+        )
 
 
 def speculative_config(config: BenchmarkConfig, method: str) -> dict[str, Any] | None:

@@ -35,6 +35,9 @@ class Answer:
     first_token_seconds: float  # from its arrival to its first token
     decode_seconds: float  # from its first token to its last
     accepted: list[int]  # drafted tokens accepted by each step that verified some
+    # The likeliest tokens at every position, with what vLLM reports of them; where
+    # `logprobs` was among the sampling parameters.
+    top: list[list[tuple[int, float]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Engine:
 
     program: ClassVar[list[str]] = ["-m", "vllm_clover2.bench.engine"]
     last_round: Round
+    dtype: str  # that the target computes in, "float32" for example
 
     def __init__(
         self,
@@ -76,7 +80,7 @@ class Engine:
                 start_new_session=True,  # so that its whole group can be stopped
             )
         try:
-            self._receive()
+            self.dtype = self._receive().get("dtype", "")
         except BaseException:
             self.close()
             raise
@@ -86,15 +90,18 @@ class Engine:
         prompts: list[list[int]],  # token ids
         max_tokens: int,
         in_flight: int | None = None,  # unfinished requests at a time; None: all
+        sampling: list[dict[str, Any]] | None = None,  # each prompt's own parameters
     ) -> Iterator[int]:
-        """Answer all `prompts` greedily, yielding how many are done.
+        """Answer all `prompts`, yielding how many are done.
 
-        The result is in `last_round` when the iterator ends.
+        Greedily, unless `sampling`, arguments of `vllm.SamplingParams`, says else. The
+        result is in `last_round` when the iterator ends.
         """
         request = {
             "prompts": prompts,
             "max_tokens": max_tokens,
             "in_flight": in_flight or len(prompts),
+            "sampling": sampling or [{}] * len(prompts),
         }
         assert self.process.stdin is not None
         # A process that has stopped is reported, with its log, when it is read from.
@@ -141,7 +148,8 @@ def _serve(arguments: dict[str, Any]) -> None:
     from vllm import LLM
 
     llm = LLM(**arguments, disable_log_stats=False)  # each answer comes with its times
-    send({"ready": True})
+    dtype = str(llm.llm_engine.model_config.dtype).removeprefix("torch.")
+    send({"ready": True, "dtype": dtype})
     for line in sys.stdin:
         one = _answer(llm, **json.loads(line), report=lambda done: send({"done": done}))
         send(asdict(one))
@@ -152,6 +160,7 @@ def _answer(
     prompts: list[list[int]],
     max_tokens: int,
     in_flight: int,
+    sampling: list[dict[str, Any]],
     report: Callable[[int], None],
 ) -> Round:
     """Answer all prompts, a sliding window of `in_flight` of them at a time."""
@@ -160,11 +169,14 @@ def _answer(
 
     # Each round does the same work: a prompt's prefill is not left over from the last.
     llm.reset_prefix_cache()
-    params = SamplingParams(
-        temperature=0.0,
-        max_tokens=max_tokens,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
+    params = [
+        SamplingParams(
+            **({"temperature": 0.0} | own),
+            max_tokens=max_tokens,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        for own in sampling
+    ]
     engine = llm.llm_engine
     waiting = iter(enumerate(prompts))
     answers: dict[int, Answer] = {}
@@ -172,7 +184,9 @@ def _answer(
     start = time.perf_counter()
     while len(answers) < len(prompts):
         for number, prompt in islice(waiting, in_flight - (sent - len(answers))):
-            engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
+            engine.add_request(
+                str(number), {"prompt_token_ids": prompt}, params[number]
+            )
             sent += 1
         for output in engine.step():
             answers[int(output.request_id)] = _as_answer(output)
@@ -194,6 +208,12 @@ def _as_answer(
         first_token_seconds=times.first_token_latency,
         decode_seconds=times.last_token_ts - times.first_token_ts,
         accepted=list(speculation.per_step_accepted) if speculation else [],
+        top=None
+        if completion.logprobs is None
+        else [
+            [(token, entry.logprob) for token, entry in position.items()]
+            for position in completion.logprobs
+        ],
     )
 
 

@@ -44,11 +44,6 @@ def prepare(config: BenchmarkConfig) -> tuple[list[Prompt], int]:
     """
     from transformers import AutoConfig
 
-    if find_spec("matplotlib") is None:
-        raise ValueError(
-            "plots need the package matplotlib, which is not installed; "
-            "`pip install matplotlib`"
-        )
     records = first_of_each_task(read_prompts(config.prompts), config.max_prompts)
     if len(records) < config.concurrency[-1]:
         raise ValueError(
@@ -107,6 +102,11 @@ def benchmark(config: BenchmarkConfig) -> Path:
     Figures are written after every round, so that an interrupted run keeps them;
     tables and plots at the end.
     """
+    if find_spec("matplotlib") is None:
+        raise ValueError(
+            "plots need the package matplotlib, which is not installed; "
+            "`pip install matplotlib`"
+        )
     prompts, max_model_len = prepare(config)
     config.output.mkdir(parents=True, exist_ok=True)
     table, load, tasks = (

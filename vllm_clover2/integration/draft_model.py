@@ -336,8 +336,8 @@ def _checked(
 ) -> Iterable[tuple[str, torch.Tensor]]:
     """The tensors as they come, each of a name and shape that ``config`` implies.
 
-    A head in a folder was checked before this process started; one that vLLM took from
-    the hub was not.
+    A head in a folder or on the hub was checked before this process started; one in
+    object storage was not.
     """
     expected = expected_tensors(Clover2Model, config)
     try:

@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arguments of an engine that are decided before its configuration is made."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from vllm import envs
 from vllm.config import ModelConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_clover2.integration.speculative_config import Clover2SpeculativeConfig
+from vllm_clover2.heads import NO_HEAD, local_folder
+from vllm_clover2.integration.speculative_config import (
+    Clover2SpeculativeConfig,
+    head_for,
+)
+from vllm_clover2.model.head_files import check_head
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -27,6 +34,27 @@ def refuse_async_scheduling(args: Any) -> None:
             "follow from what the step before accepted. Leave async_scheduling unset, "
             "or pass --no-async-scheduling."
         )
+
+
+def choose_head(args: Any, target: ModelConfig) -> None:
+    """Name the target's head where the user named none, and check the head's files.
+
+    This is before any process starts, so that what is wrong with them reaches the
+    caller. A head on the hub is downloaded, to where vLLM looks for it. What is neither
+    in a folder nor there (ModelScope, object storage) is checked as it is loaded.
+
+    Raises:
+        ValueError: there is no head, or its files are damaged.
+
+    """
+    options = args.speculative_config or {}
+    head = args.spec_model or options.get("model")
+    if head is None:
+        head = head_for(target)
+        args.speculative_config = options | {"model": head}
+    elsewhere = envs.VLLM_USE_MODELSCOPE and not Path(head).is_dir()
+    if head != NO_HEAD and "://" not in head and not elsewhere:
+        check_head(local_folder(head, options.get("revision"), args.download_dir))
 
 
 def choose_attention_backend(

@@ -39,7 +39,7 @@ def refuse_unsuitable_layers(layers: Iterable[Any], device_type: str) -> None:
             f"{reason} ({len(names)} layers, the first is {names[0]})"
             for reason, names in found.items()
         ]
-        + _missing_ops(device_type)
+        + missing_ops(device_type)
     )
 
 
@@ -98,7 +98,7 @@ def _head_sizes(size: int, device_type: str) -> tuple[str, bool]:
     return "multiples of 16", size % 16 == 0
 
 
-def _missing_ops(device_type: str) -> list[str]:
+def missing_ops(device_type: str) -> list[str]:
     """Why the compiled ops cannot be used on CUDA, if they cannot."""
     served = ops.reference_is_asked_for() or ops.backend("cuda") == "native"
     if device_type != "cuda" or served:

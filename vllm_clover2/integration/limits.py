@@ -7,6 +7,8 @@ What only the loaded target shows is in ``layer_limits``.
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
+from vllm_clover2.integration.compat import DOCTOR_HINT
+
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
     """Raise for a configuration that would give wrong text or crash later.
@@ -26,7 +28,7 @@ def refuse(reasons: list[str]) -> None:
     if reasons:
         raise ValueError(
             "The speculative method 'clover2' does not support this configuration:\n"
-            + "\n".join(f"- {reason}" for reason in reasons)
+            + "\n".join([*(f"- {reason}" for reason in reasons), DOCTOR_HINT])
         )
 
 

@@ -22,3 +22,8 @@ def register() -> None:
     from vllm_clover2.integration import compat
 
     compat.install()
+
+
+def is_registered() -> bool:
+    """Whether vLLM called :func:`register` in this process."""
+    return _registered

@@ -5,7 +5,6 @@ This module is imported when a pickled ``VllmConfig`` is read in a new process, 
 plugins are loaded there; it must not import workers, runners or models.
 """
 
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -15,7 +14,6 @@ from vllm.config.utils import config
 from vllm.logger import init_logger
 
 from vllm_clover2.heads import NO_HEAD, find_head
-from vllm_clover2.model.head_files import check_head
 from vllm_clover2.tree.options import TreeOptions
 
 logger = init_logger(f"vllm.{__name__}")
@@ -143,20 +141,10 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
             )
 
     def _check_head_fits(self) -> None:
-        """Check the head's files, and its sizes against the target's.
-
-        This is before any process starts. Of a head on the hub vLLM has the config
-        alone here; its weights are checked when they are loaded.
-        """
+        """Check the head's sizes against the target's; its files were checked."""
         draft = self.draft_model_config.hf_config
         if getattr(draft, "model", None) is not None:  # inside vLLM's EAGLEConfig
             draft = draft.model
-        if draft.model_type != "clover2":
-            raise ValueError(
-                f"A clover2 head has model_type 'clover2' in its config.json, but "
-                f"{self.model} has {draft.model_type!r}. For a checkpoint of the "
-                f"original project run 'vllm-clover2 convert' first."
-            )
         target = self.target_model_config.hf_text_config
         for size in ("hidden_size", "vocab_size"):
             expected, found = getattr(target, size), getattr(draft, size)
@@ -166,5 +154,3 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
                     f"head {self.model} has {found}. Choose the head that was trained "
                     f"for {self.target_model_config.model}, or train one."
                 )
-        if Path(self.model).is_dir():
-            check_head(Path(self.model))

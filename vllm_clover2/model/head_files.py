@@ -5,7 +5,6 @@
 use the same checks, so that each tells the same about a damaged head.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PretrainedConfig
 
+from vllm_clover2.heads import read_config_json
 from vllm_clover2.model.clover2 import Clover2Model
 from vllm_clover2.model.config import Clover2Config
 
@@ -59,25 +59,13 @@ def read_config(folder: Path, config_class: type[_Config]) -> _Config:
     Raises:
         ValueError: there is none, it is of another kind, or it has impossible values.
     """
-    path = folder / "config.json"
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder} is no draft head: it must hold a config.json and a "
-            f"{WEIGHTS_NAME}, but config.json cannot be read ({error})"
-        ) from error
-    found = content.get("model_type") if isinstance(content, dict) else None
-    if found != config_class.model_type:
-        raise ValueError(
-            f"{folder} is no {config_class.model_type} head: the model_type in its "
-            f"config.json must be {config_class.model_type!r}, found {found!r}. "
-            "'vllm-clover2 convert' reads checkpoints of the original project"
-        )
+    read_config_json(folder, config_class.model_type)
     try:
         return config_class.from_pretrained(folder)
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} describes no draft head: {error}") from error
+        raise ValueError(
+            f"{folder / 'config.json'} describes no draft head: {error}"
+        ) from error
 
 
 def expected_tensors(model_class: Any, config: Any) -> dict[str, torch.Tensor]:

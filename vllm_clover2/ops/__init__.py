@@ -36,6 +36,7 @@ __all__ = [
     "top_k_log_probs",
     "tree_accept",
     "tree_attention",
+    "why_reference",
 ]
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,11 @@ def backend(device_type: str = "cpu") -> str:
     # No public function asks the dispatcher; this one is stable since torch 1.5.
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # noqa: SLF001
     return "native" if all(has_kernel(name, key) for name in names) else "reference"
+
+
+def why_reference() -> str | None:
+    """Why no compiled kernel runs at all; None if the library was loaded."""
+    return _WHY_REFERENCE
 
 
 def _fake_nothing(*_: object) -> None:

@@ -163,6 +163,7 @@ def target_fingerprint(target: Target) -> dict[str, object]:
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,
         "vocab_size": config.vocab_size,
+        "chat_template_sha256": target.chat_template,
     }
 
 

