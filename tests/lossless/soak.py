@@ -6,8 +6,8 @@
 Rounds of mixed requests arrive bit by bit, with priorities, into an engine with a small
 KV cache, so that they are preempted and find each other's prefixes; some are aborted,
 drafts are the head's own or planted ones. Text is that of plain vLLM, greedy or seeded,
-and after every round nothing of it is left: no KV block, no draft, no memory. A round
-depends on the seed and its number alone; a failure names both.
+and after every round nothing of it is left: no KV block, no draft. A round depends on
+the seed and its number alone; a failure names both. Memory is reported, not judged.
 """
 
 import argparse
@@ -33,10 +33,6 @@ ROUND = 40
 """Requests."""
 NEAR_TIE = 1e-4
 """Distance of two log-probabilities that float32 may bring in another order."""
-GROWTH = 32 << 20
-"""Bytes that the process may gain after its first rounds."""
-WARM_UP = 3
-"""Rounds in which buffers reach their sizes."""
 
 
 @dataclass
@@ -75,8 +71,6 @@ class Soak:
                 raise AssertionError(
                     f"--seed {self.seed} --first-round {number}: {error}"
                 ) from error
-        settled = self.memory[WARM_UP:]
-        assert not settled or settled[-1] - settled[0] < GROWTH, self.memory
 
     def round(self, rng: random.Random) -> None:
         requests = [request(rng) for _ in range(ROUND)]
