@@ -14,7 +14,7 @@ TARGET := build/SmolLM2-135M-Instruct
 KERNELS := $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name '*.hpp' \
                    -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test quick soak fix wheel pins clean
+.PHONY: help demo test quick fix wheel pins clean
 .DELETE_ON_ERROR:
 
 help:
@@ -31,9 +31,6 @@ test: $(TARGET)/config.json .venv/package.done ## linters and all CPU tests
 
 quick: .venv/package.done ## tests that start no engine, in under a minute
 	$(VENV_PYTHON) -m pytest -m "not slow" tests/unit tests/ops tests/model $(ARGS)
-
-soak: .venv/package.done ## thousands of random requests; a seed repeats what it found
-	$(VENV_PYTHON) tests/lossless/soak.py $(ARGS)
 
 fix: .venv/package.done ## format, and correct what ruff can
 	.venv/bin/ruff check --fix .

@@ -74,15 +74,12 @@ class Engine:
         core = self.llm.llm_engine.engine_core.engine_core
         return core.model_executor.driver_worker.worker.model_runner
 
-    def add(
-        self, request: Request, request_id: str | None = None, priority: int = 0
-    ) -> str:
+    def add(self, request: Request, request_id: str | None = None) -> str:
         request_id = request_id or f"request-{next(_request_numbers)}"
         self.llm.llm_engine.add_request(
             request_id,
             {"prompt_token_ids": list(request.prompt)},
             request.sampling_params(),
-            priority=priority,
         )
         return request_id
 
