@@ -3,9 +3,11 @@
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import openai
 import pytest
 from engines import Engine
+from prometheus_client.parser import text_string_to_metric_families
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
@@ -35,6 +38,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 LENGTH = 40
+DASHBOARD = Path(__file__).parents[2] / "examples/grafana_dashboard.json"
 
 
 def arguments(target: Path) -> list[str]:
@@ -178,18 +182,47 @@ def test_a_client_that_hangs_up(client: openai.OpenAI, plain: Engine) -> None:
     assert answer.choices[0].message.content == offline(plain, QUESTIONS[2])
 
 
-def test_counters_are_exported(client: openai.OpenAI, url: str) -> None:
-    chat(client, QUESTIONS[0])
+def exported(url: str) -> Counter[str]:
+    """Sums of all series on ``/metrics``, by the names that queries ask for."""
     address = url.removesuffix("/v1") + "/metrics"
     with urllib.request.urlopen(address, timeout=30) as response:
-        lines = response.read().decode().splitlines()
-    counters = {
-        line.split("{")[0]: float(line.rsplit(" ", 1)[1])
-        for line in lines
-        if line.startswith("vllm:spec_decode") and "_per_pos" not in line
-    }
+        families = list(text_string_to_metric_families(response.read().decode()))
+    parts = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}
+    found: Counter[str] = Counter()
+    for family in families:
+        # Of a counter whose labels were never seen there is no sample yet.
+        found.update({family.name + end: 0 for end in parts.get(family.type, [""])})
+        for sample in family.samples:
+            found[sample.name] += sample.value
+    return found
+
+
+def test_counters_are_exported(client: openai.OpenAI, url: str) -> None:
+    chat(client, QUESTIONS[0])
+    counters = exported(url)
     drafts = counters["vllm:spec_decode_num_drafts_total"]
-    assert 0 < drafts <= counters["vllm:spec_decode_num_draft_tokens_total"]
+    nodes = counters["vllm:spec_decode_num_draft_tokens_total"]
+    assert 0 < drafts <= nodes
+    assert counters["vllm:clover2_accepted_depth_count"] == drafts
+    # vLLM does not count those that a grammar forbids.
+    assert counters["vllm:clover2_verified_nodes_total"] >= nodes
+    accepted = counters["vllm:spec_decode_num_accepted_tokens_total"]
+    assert counters["vllm:clover2_accepted_nodes_total"] == accepted
+    assert counters["vllm:clover2_request_steps_total"] >= drafts
+    for seconds in ("drafting", "verification"):
+        assert counters[f"vllm:clover2_{seconds}_seconds_sum"] > 0.0
+
+
+def test_the_dashboard_shows_what_is_exported(url: str) -> None:
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    queries = [target["expr"] for panel in panels for target in panel["targets"]]
+    shown = {name for query in queries for name in re.findall(r"vllm:\w+", query)}
+    names = set(exported(url))
+    assert shown <= names
+    end = re.compile(r"_(total|bucket|sum|count|created)$")
+    ours = {end.sub("", name) for name in names if name.startswith("vllm:clover2_")}
+    assert len(ours) == 10
+    assert ours <= {end.sub("", name) for name in shown}
 
 
 def test_json_options(

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which committed rows wait for their draft KV, and who lacks some for good."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -21,7 +23,7 @@ def rows_of(*spans: tuple[int, int]) -> CommittedRows:
 
 
 def test_rows_of_several_steps_come_out_together() -> None:
-    backlog = HiddenBacklog(100, BLOCK)
+    backlog = HiddenBacklog(100, BLOCK, Counter())
     backlog.add(["a", "b"], rows_of((0, 5), (0, 3)), TABLE)
     backlog.add(["a", "b"], rows_of((5, 6), (3, 7)), TABLE)
     assert backlog.sizes(["a", "b"]).tolist() == [6, 7]
@@ -36,7 +38,7 @@ def test_rows_of_several_steps_come_out_together() -> None:
 
 def test_hidden_states_are_copies() -> None:
     """A step's buffer is written again in the next step."""
-    backlog = HiddenBacklog(100, BLOCK)
+    backlog = HiddenBacklog(100, BLOCK, Counter())
     rows = rows_of((0, 3))
     backlog.add(["a"], rows, TABLE)
     rows.hidden.zero_()
@@ -44,7 +46,7 @@ def test_hidden_states_are_copies() -> None:
 
 
 def test_beyond_its_bounds_the_longest_is_given_up() -> None:
-    backlog = HiddenBacklog(10, BLOCK)
+    backlog = HiddenBacklog(10, BLOCK, Counter())
     backlog.add(["a", "b"], rows_of((0, 6), (0, 4)), TABLE)
     assert backlog.sizes(["a", "b"]).tolist() == [6, 4]
     backlog.add(["a", "b"], rows_of((6, 7), (4, 5)), TABLE)
@@ -57,7 +59,7 @@ def test_beyond_its_bounds_the_longest_is_given_up() -> None:
 @pytest.mark.parametrize(("written", "waiting"), [(True, 3), (False, -1)])
 def test_a_cached_prefix_must_have_draft_kv(written: bool, waiting: int) -> None:
     """A request whose prompt was cached starts behind it."""
-    backlog = HiddenBacklog(100, BLOCK)
+    backlog = HiddenBacklog(100, BLOCK, Counter())
     backlog.add(["a"], rows_of((0, 9)), TABLE)
     if written:
         backlog.take(["a"], [0], TABLE)
@@ -68,7 +70,7 @@ def test_a_cached_prefix_must_have_draft_kv(written: bool, waiting: int) -> None
 
 def test_a_block_that_is_written_anew_lacks_draft_kv_again() -> None:
     """Blocks are freed and given to others; nothing says so but new rows in them."""
-    backlog = HiddenBacklog(100, BLOCK)
+    backlog = HiddenBacklog(100, BLOCK, Counter())
     backlog.add(["a"], rows_of((0, 8)), TABLE)
     backlog.take(["a"], [0], TABLE)
     backlog.add(["thief"], rows_of((0, 3)), TABLE)  # the same blocks
@@ -77,7 +79,7 @@ def test_a_block_that_is_written_anew_lacks_draft_kv_again() -> None:
 
 
 def test_a_block_counts_once_it_is_full() -> None:
-    backlog = HiddenBacklog(100, BLOCK)
+    backlog = HiddenBacklog(100, BLOCK, Counter())
     for first, end in ((0, 3), (3, 6), (6, 9)):
         backlog.add(["a"], rows_of((first, end)), TABLE)
         backlog.take(["a"], [0], TABLE)
@@ -89,7 +91,7 @@ def test_a_block_counts_once_it_is_full() -> None:
 
 
 def test_a_preempted_request_starts_again() -> None:
-    backlog = HiddenBacklog(100, BLOCK)
+    backlog = HiddenBacklog(100, BLOCK, Counter())
     backlog.add(["a"], rows_of((0, 6)), TABLE)
     backlog.add(["a"], rows_of((0, 7)), TABLE)
     assert backlog.sizes(["a"]).tolist() == [7]

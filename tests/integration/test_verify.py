@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step verifies: drafts found again, laid out, and reasons counted."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -25,7 +27,7 @@ TREE = Draft(10, TOKENS, PARENTS, SOURCES, is_chain=False)
 
 @pytest.fixture
 def store() -> DraftStore:
-    store = DraftStore()
+    store = DraftStore(Counter())
     store.put("a", TREE)
     return store
 
@@ -99,6 +101,7 @@ def test_layout_of_prompts_chains_and_trees_in_one_step() -> None:
     assert batch.root_query_rows.tolist() == [15, 16, 22, 25]
     assert batch.tree_requests.tolist() == [1]
     assert batch.sources.tolist() == [-1, -1, *SOURCES, -1, 1, 1, -1]
+    assert batch.ranks.tolist() == [1, 1, 1, 2, 1, 2, 1, 1, 1, 1, 1]
     assert batch.max_depth == 2
     assert batch.query_rows == 26
     positions = [15, 20, 21, 21, 22, 22, 22, 31, 32, 33, 8]

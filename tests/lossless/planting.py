@@ -154,7 +154,9 @@ class Coins:
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
-        self.cost = SimpleNamespace(drafting=lambda *_: 0.0, observe=lambda *_: None)
+        self.cost = SimpleNamespace(
+            drafting=lambda *_: 0.0, observe=lambda _work, seconds: seconds
+        )
 
     def plan(self, requests: list[str], *args: Any) -> Plan:
         waiting = args[2]

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's counters of speculation agree with what was emitted and accepted."""
+"""vLLM's counters of speculation and ours agree with what was emitted and accepted."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 from engine_fixtures import Baseline, random_prompts
 from engines import Engine, EnginePool, assert_same
 from planting import TRUTH, CommitSpy, Planter
+
+from vllm_clover2.tree.chooser import Chooser
 
 
 def test_counters_add_up(
@@ -31,6 +36,7 @@ def test_counters_add_up(
     actual = engine.run(planted)
     assert_same(expected, actual, requests)
 
+    ours = sums(engine)
     counters = spec_decode_metrics(engine)
     accepted = counters["vllm:spec_decode_num_accepted_tokens"]
     drafts = counters["vllm:spec_decode_num_drafts"]
@@ -42,10 +48,26 @@ def test_counters_add_up(
     assert emitted == len(requests) + drafts + accepted
     assert by_depth == [
         sum(count for length, count in commits.paths.items() if length > depth)
-        for depth in range(25)
+        for depth in range(16)  # context_depth: no tree is deeper
     ]
     nodes = counters["vllm:spec_decode_num_draft_tokens"]
     assert drafts <= nodes <= 25 * drafts
+
+    assert ours["verified_nodes"] == nodes
+    assert ours["accepted_nodes"] == ours["accepted_sibling_rank"] == accepted
+    assert ours["accepted_depth"] == drafts
+    assert ours["request_steps"] == len(requests) + drafts
+
+
+def sums(engine: Engine) -> Counter[str]:
+    """Our counters without their labels, and how often histograms were observed."""
+    found: Counter[str] = Counter()
+    for metric in engine.llm.get_metrics():
+        if metric.name.startswith("vllm:clover2_"):
+            count = getattr(metric, "count", None)
+            value = metric.value if count is None else count
+            found[metric.name.removeprefix("vllm:clover2_")] += value
+    return found
 
 
 def spec_decode_metrics(engine: Engine) -> dict[str, Any]:
@@ -61,5 +83,26 @@ def test_reasons_for_less_than_a_tree_are_counted(
 ) -> None:
     engine = engines.get(target, head)
     (counts,) = engine.llm.collective_rpc("clover2_stats")
-    given_up = engine.runner.drafting.backlog.given_up
-    assert counts == {**engine.runner.drafts.counts, **given_up}
+    assert counts == engine.runner.stats.counts
+    assert engine.runner.drafts.counts is engine.runner.stats.counts
+    assert engine.runner.drafting.backlog.given_up is engine.runner.stats.counts
+
+
+def test_requests_that_are_not_drafted_for(
+    engines: EnginePool, target: Path, head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head could be asked but nothing pays; a text has nothing to offer."""
+    requests = random_prompts(4, seed=96)
+    monkeypatch.setattr(
+        Chooser, "sizes", lambda _, ids, *__: np.zeros(len(ids), dtype=np.int64)
+    )
+    never_matches = {"context_min_match": 16}
+    for outcome, engine in {
+        "load": engines.get(target, head),
+        "nothing found": engines.get(target, Path("none"), never_matches),
+    }.items():
+        before = engine.runner.stats.counts.copy()
+        tokens = sum(len(output.tokens) for output in engine.run(requests))
+        added = engine.runner.stats.counts - before
+        of_requests = {key: n for key, n in added.items() if "requests, " in key}
+        assert of_requests == {f"requests, {outcome}": tokens}

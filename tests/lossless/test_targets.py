@@ -159,4 +159,5 @@ def test_thinking_budget(
     plant(seed=135)
     assert_same(expected, engine.run(with_truth(requests, expected)), requests)
     assert counts["thinking budget: not drafted"] > seen
+    assert counts["requests, excluded"] == counts["thinking budget: not drafted"]
     assert commits.accepted > 4

@@ -79,12 +79,12 @@ class HiddenBacklog:
     can attend to it. A request that cannot is not drafted for by the head.
     """
 
-    def __init__(self, max_rows: int, block_size: int) -> None:
+    def __init__(self, max_rows: int, block_size: int, given_up: Counter[str]) -> None:
         self._max_rows = max_rows
         self._block_size = block_size
         self._waiting: dict[str, _Waiting] = {}
         self._complete: set[int] = set()
-        self.given_up: Counter[str] = Counter()  # requests, by reason
+        self.given_up = given_up  # requests, by reason
 
     def add(
         self,

@@ -19,6 +19,7 @@ from vllm_clover2 import ops
 from vllm_clover2.integration.backlog import CommittedRows, HiddenBacklog
 from vllm_clover2.integration.drafter import Drafter
 from vllm_clover2.integration.proposer import Clover2Proposer
+from vllm_clover2.integration.stats import LEVELS, PREDICTED_RATIO, WorkerStats
 from vllm_clover2.tree.chooser import Chooser, Plan
 from vllm_clover2.tree.context import ContextCandidates, ContextWalk
 from vllm_clover2.tree.grower import Growth, TreeGrower
@@ -67,6 +68,11 @@ class StepClock:
         self._begun = self._ended = time.perf_counter()
         self._gap = 0.0
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the step began."""
+        return time.perf_counter() - self._begun
+
     def begin(self) -> None:
         self._begun = time.perf_counter()
         gap = self._begun - self._ended
@@ -81,19 +87,21 @@ class StepClock:
 class Drafting:
     """Drafts for every step; keeps what has to be known from one to the next."""
 
-    def __init__(self, drafter: Drafter, block_size: int) -> None:
+    def __init__(self, drafter: Drafter, block_size: int, stats: WorkerStats) -> None:
         self.drafter = drafter
         # None: the text is the only source.
         self.head = drafter if isinstance(drafter, Clover2Proposer) else None
         self.grower = TreeGrower(drafter.options)
         self.clock = StepClock()
-        self.backlog = HiddenBacklog(_MAX_WAITING_ROWS, block_size)
+        self.stats = stats
+        self.backlog = HiddenBacklog(_MAX_WAITING_ROWS, block_size, stats.counts)
         self.chooser: Chooser | None = None  # None: always as much as there is
         self._limits = drafter.options.context_limits()
         # The last step's context nodes: request -> (row, length of its text).
         self._walk: ContextWalk | None = None
         self._walk_rows: dict[str, tuple[int, int]] = {}
         self._expected: dict[str, float] = {}  # accepted tokens of the last drafts
+        self.held_back = 0  # requests that the last step could have drafted for
 
     def adapt_to(self, cost: StepCost) -> None:
         """Let what is drafted follow from what steps cost."""
@@ -111,6 +119,7 @@ class Drafting:
         if step.committed is not None:
             self.backlog.add(step.requests, step.committed, step.block_table)
         self._learn(step)
+        self.held_back = 0
         if not step.drafted:
             return self._ended(step, Growth(_no_trees(0), None), 0)
         context = self._context(step)
@@ -124,7 +133,7 @@ class Drafting:
         growth, augmented = self._grow(step, context, plan)
         self._remember_walk(step, context, growth.walk)
         growth = growth._replace(
-            trees=self._sized(ids, known, plan, growth, augmented, next_work)
+            trees=self._sized(ids, known, waiting, plan, growth, augmented, next_work)
         )
         return self._ended(step, growth, augmented)
 
@@ -210,6 +219,7 @@ class Drafting:
         self,
         ids: list[str],
         known: _Known,
+        waiting: np.ndarray,
         plan: Plan,
         growth: Growth,
         augmented: int,
@@ -234,6 +244,8 @@ class Drafting:
                 )
             sizes = self.chooser.sizes(ids, joint, work, drafting)
             trees = trees._replace(sizes=torch.from_numpy(sizes).int())
+            could = (joint > 0.0).any(axis=1) | (waiting >= 0) & ~plan.ask
+            self.held_back = int((could & (sizes == 0)).sum())
             kept = np.arange(joint.shape[1]) < sizes[:, None]
             self._expected.update(zip(ids, (joint * kept).sum(axis=1).tolist()))
         return self.drafter.of_first_rank(trees)
@@ -282,6 +294,7 @@ class Drafting:
 
     def _ended(self, step: FinishedStep, growth: Growth, augmented: int) -> GrownTrees:
         """Learn what the step took."""
+        self.stats.counts[LEVELS] += growth.levels
         if self.chooser is not None:
             work = dataclasses.replace(
                 step.work,
@@ -289,7 +302,9 @@ class Drafting:
                 levels=growth.levels,
                 grown=growth.asked,
             )
-            self.chooser.cost.observe(work, self.clock.end())
+            seconds = self.clock.end()
+            predicted = self.chooser.cost.observe(work, seconds)
+            self.stats.observe(PREDICTED_RATIO, predicted / seconds)
         return growth.trees
 
 

@@ -18,7 +18,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from vllm_clover2 import ops
-from vllm_clover2.integration import layer_limits
+from vllm_clover2.integration import layer_limits, stats
 from vllm_clover2.integration.attention import kv_layout
 from vllm_clover2.integration.backlog import CommittedRows
 from vllm_clover2.integration.compat import patches, surface
@@ -49,7 +49,9 @@ class Clover2RunnerMixin:
             # The draft reads the target's hidden state before its final norm, which
             # vLLM hands out the way EAGLE-3 asks for intermediate layers.
             self.use_aux_hidden_state_outputs = True
-        self.drafts = DraftStore()
+        depth = vllm_config.speculative_config.tree_options().max_depth
+        self.stats = stats.WorkerStats(depth)
+        self.drafts = DraftStore(self.stats.counts)
         self._batch: VerifyBatch | None = None
         self._accepted: AcceptedPaths | None = None
 
@@ -79,7 +81,8 @@ class Clover2RunnerMixin:
         if self.drafter.options.tree != "chain":
             layer_limits.refuse_several_kv_groups(kv_cache_config)
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
-        self.drafting = Drafting(self.drafter, self._draft_blocks.block_size)
+        block_size = self._draft_blocks.block_size
+        self.drafting = Drafting(self.drafter, block_size, self.stats)
         holder = self.input_batch.thinking_budget_state_holder
         if holder is not None:
             # Its rows follow requests, not drafts: we sample level by level, and
@@ -161,6 +164,11 @@ class Clover2RunnerMixin:
                 metadata.clover2_trees = trees
         return per_layer, step
 
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().sample_tokens(*args, **kwargs)
+        stats.attach(output, self.stats)
+        return output
+
     def _sample(self, logits: torch.Tensor, spec_decode_metadata: Any) -> Any:
         batch = self._batch
         num_reqs = self.input_batch.num_reqs
@@ -219,13 +227,18 @@ class Clover2RunnerMixin:
         common_attn_metadata: Any,
         slot_mappings: Any,
     ) -> list[list[int]]:
+        verified_after = self.drafting.clock.elapsed
+        if self._batch.max_depth:
+            self.stats.observe(stats.VERIFICATION_SECONDS, verified_after)
         before_norm = aux_hidden_states[0] if aux_hidden_states else None
         step = self._finished_step(sampled_token_ids, before_norm, common_attn_metadata)
         self._batch = self._accepted = None
         max_nodes = scheduler_output.num_spec_tokens_to_schedule
-        if not max_nodes:
+        may_draft = len(step.drafted)
+        if not max_nodes:  # by vLLM's own table, for so many requests
             step = dataclasses.replace(step, drafted=[])
         grown = self.drafting.draft(step)
+        held_back = self.drafting.held_back if max_nodes else may_draft
         proposals: list[list[int]] = [[] for _ in sampled_token_ids]
         sizes = grown.sizes.clamp(max=max_nodes).tolist()
         tokens, parents = grown.tokens.tolist(), grown.parents.cpu().numpy()
@@ -241,6 +254,18 @@ class Clover2RunnerMixin:
         for request, proposal in enumerate(proposals):
             if not proposal:
                 self.drafts.drop(self.input_batch.req_ids[request])
+        drafted = sum(map(bool, proposals))
+        self.stats.count(
+            stats.REQUESTS,
+            {
+                "drafted": drafted,
+                "load": held_back,
+                "nothing found": may_draft - drafted - held_back,
+                "excluded": sum(map(bool, sampled_token_ids)) - may_draft,
+            },
+        )
+        seconds = self.drafting.clock.elapsed - verified_after
+        self.stats.observe(stats.DRAFTING_SECONDS, seconds)
         return proposals
 
     def _finished_step(
@@ -296,19 +321,21 @@ class Clover2RunnerMixin:
         return True
 
     def _count_accepted(self, batch: VerifyBatch, paths: np.ndarray) -> None:
-        """Count verified and accepted nodes by who proposed them."""
+        """Count verified and accepted nodes, and where in their trees these stood."""
         if not batch.max_depth:
             return
         offsets = np.cumsum(batch.row_counts) - batch.row_counts
         rows = (paths + offsets[:, None])[paths > 0]
-        for source in Source:
-            name = source.name.lower()
-            self.drafts.counts[f"verified, {name}"] += int(
-                (batch.sources == source).sum()
+        for kind, sources in (
+            (stats.VERIFIED, batch.sources),
+            (stats.ACCEPTED, batch.sources[rows]),
+        ):
+            self.stats.count(
+                kind, {s.name.lower(): int((sources == s).sum()) for s in Source}
             )
-            self.drafts.counts[f"accepted, {name}"] += int(
-                (batch.sources[rows] == source).sum()
-            )
+        depths = (paths > 0).sum(axis=1)[batch.row_counts > 1]
+        self.stats.observe(stats.ACCEPTED_DEPTH, *depths.tolist())
+        self.stats.observe(stats.SIBLING_RANK, *batch.ranks[rows].tolist())
 
     def _remember(
         self, req_id: str, tokens: list[int], parents: np.ndarray, sources: np.ndarray
@@ -381,12 +408,13 @@ class Clover2WorkerMixin:
         return times
 
     def clover2_stats(self) -> dict[str, int]:
-        """Nodes verified and accepted by source, and why some got less than a tree.
+        """What was counted since the start, as ``/metrics`` shows it by labels.
 
-        For ``LLM.collective_rpc("clover2_stats")``.
+        Nodes verified and accepted by source, requests by what was drafted for them,
+        levels grown, and why some requests got less than a tree. For
+        ``LLM.collective_rpc("clover2_stats")``.
         """
-        runner = self.model_runner
-        return {**runner.drafts.counts, **runner.drafting.backlog.given_up}
+        return dict(self.model_runner.stats.counts)
 
     def clover2_step_milliseconds(self) -> dict[int, float]:
         """Time of a step by its rows, measured at start and learned since.

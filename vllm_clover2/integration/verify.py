@@ -18,7 +18,7 @@ from vllm.logger import init_logger
 
 from vllm_clover2.integration.attention import TreeRows
 from vllm_clover2.tree.masks import depths_and_ancestors
-from vllm_clover2.tree.types import NO_TOKEN, Source, TreeBatch
+from vllm_clover2.tree.types import MAX_ROWS, NO_TOKEN, Source, TreeBatch
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -37,9 +37,9 @@ class Draft:
 class DraftStore:
     """Drafts waiting for verification, by request id, and why some were not trees."""
 
-    def __init__(self) -> None:
+    def __init__(self, counts: Counter[str]) -> None:
         self._drafts: dict[str, Draft] = {}
-        self.counts: Counter[str] = Counter()
+        self.counts = counts
 
     def put(self, request_id: str, draft: Draft) -> None:
         """Remember a draft until it is verified or replaced."""
@@ -97,6 +97,7 @@ class VerifyBatch:
     root_query_rows: np.ndarray  # [R] int32 index of each root in the step's rows
     tree_requests: np.ndarray  # [T] requests whose rows branch
     sources: np.ndarray  # [rows] int8 who proposed each node, roots: -1
+    ranks: np.ndarray  # [rows] int64 place of each node among its siblings, from 1
     query_rows: int  # rows of the whole step, prompts included
     max_depth: int
 
@@ -137,6 +138,7 @@ class VerifyBatch:
                 [d is not None and not d.is_chain for d in drafts]
             ),
             sources=sources,
+            ranks=_sibling_ranks(parents, counts),
             query_rows=int(num_scheduled.sum()),
             max_depth=int(depths.max()),
         )
@@ -203,6 +205,17 @@ def likeliest_path(parents: np.ndarray) -> list[int]:
         path.append(int(children[0]) + 1)  # siblings stand in falling order
         children = np.flatnonzero(parents == path[-1])
     return path
+
+
+def _sibling_ranks(parents: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Place of each row among those with the same parent in its request, from 1."""
+    owners = np.repeat(np.arange(len(counts)), counts)
+    family = owners * (MAX_ROWS + 1) + parents
+    order = np.argsort(family, kind="stable")  # siblings stand in falling order
+    ordered = family[order]
+    ranks = np.empty_like(order)
+    ranks[order] = np.arange(len(order)) - np.searchsorted(ordered, ordered) + 1
+    return ranks
 
 
 def _offsets(counts: np.ndarray) -> np.ndarray:

@@ -81,9 +81,11 @@ class TreeOptions(pydantic.BaseModel):
         """Levels of the deepest tree."""
         if self.has_fixed_shape:
             return self.static_shape().depth
-        if self.tree == "chain" or self.context_limits() is None:
-            return self.dynamic_tree().depth
-        return min(self.num_nodes, max(self.depth, self.context_depth))
+        if self.tree == "chain":
+            return self.num_nodes
+        limits = self.context_limits()
+        levels = self.depth if limits is None else max(self.depth, limits.max_depth)
+        return min(self.num_nodes, levels)
 
     def context_limits(self) -> ContextLimits | None:
         """What of its own text a request is offered; None: nothing."""

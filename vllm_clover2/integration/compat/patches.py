@@ -25,6 +25,7 @@ def install() -> None:
     _refuse_unsupported_engine_configs()
     _extend_command_line()
     _keep_model_runner_v1()
+    _export_metrics()
 
 
 def _register_draft_model() -> None:
@@ -187,6 +188,39 @@ def _keep_model_runner_v1() -> None:
         return features
 
     VllmConfig._get_v2_model_runner_unsupported_features = unsupported_features
+
+
+def _export_metrics() -> None:
+    """Patch ``Scheduler.update_from_output``, ``SpecDecodingLogging.observe``, and the
+    class of ``PrometheusStatLogger`` for counters of speculation.
+
+    vLLM has no way for figures of a plugin from a worker to ``/metrics``; module
+    ``stats`` tells why it is this one.
+    """
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+    from vllm.v1.spec_decode.metrics import SpecDecodingLogging
+
+    from vllm_clover2.integration import metrics, stats
+
+    stock_update = Scheduler.update_from_output
+    stock_observe = SpecDecodingLogging.observe
+
+    @functools.wraps(stock_update)
+    def update_from_output(
+        self: Any, scheduler_output: Any, model_runner_output: Any
+    ) -> Any:
+        outputs = stock_update(self, scheduler_output, model_runner_output)
+        stats.pass_on(model_runner_output, outputs.values(), self.num_spec_tokens)
+        return outputs
+
+    @functools.wraps(stock_observe)
+    def observe(self: Any, spec_decoding_stats: Any) -> None:
+        metrics.observe_for_log(stock_observe, self, spec_decoding_stats)
+
+    Scheduler.update_from_output = update_from_output
+    SpecDecodingLogging.observe = observe
+    PrometheusStatLogger._spec_decoding_cls = metrics.Clover2Prom
 
 
 @contextlib.contextmanager

@@ -26,12 +26,27 @@ EXPECTED_CONFIG = {
     "vllm.engine.arg_utils:EngineArgs.add_cli_args": "parser",
     "vllm.config.vllm:VllmConfig._get_v2_model_runner_unsupported_features": "self",
     "vllm.config.speculative:SpeculativeConfig.use_eagle": "self",
+    "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": (
+        "self scheduler_output model_runner_output"
+    ),
+    "vllm.v1.spec_decode.metrics:SpecDecodingLogging.observe": (
+        "self spec_decoding_stats"
+    ),
+    "vllm.v1.spec_decode.metrics:SpecDecodingProm.__init__": (
+        "self speculative_config labelnames per_engine_labelvalues is_diffusion"
+    ),
+    "vllm.v1.spec_decode.metrics:SpecDecodingProm.observe": (
+        "self spec_decoding_stats engine_idx"
+    ),
 }
-"""Used in the process that reads the configuration."""
+"""Used in the processes that read the configuration, schedule and serve."""
 
 EXPECTED_WORKER = {
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs": (
         "self scheduler_output num_scheduled_tokens"
+    ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens": (
+        "self grammar_output"
     ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample": (
         "self logits spec_decode_metadata"
