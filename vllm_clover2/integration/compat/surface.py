@@ -26,10 +26,16 @@ EXPECTED_CONFIG = {
     "vllm.engine.arg_utils:EngineArgs.add_cli_args": "parser",
     "vllm.config.vllm:VllmConfig._get_v2_model_runner_unsupported_features": "self",
     "vllm.config.speculative:SpeculativeConfig.use_eagle": "self",
+    "vllm.sampling_params:SamplingParams._validate_spec_decode": (
+        "self speculative_config"
+    ),
 }
 """Used in the process that reads the configuration."""
 
 EXPECTED_WORKER = {
+    "vllm.v1.worker.gpu_model_runner:build_logitsprocs": (
+        "vllm_config device is_pin_memory is_pooling_model custom_logitsprocs"
+    ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs": (
         "self scheduler_output num_scheduled_tokens"
     ),
