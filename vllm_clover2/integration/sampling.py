@@ -117,8 +117,7 @@ class _Levels:
         known = {request: len(texts[request]) for request in requests}
         trees = self.batch.trees
         row_request = request_of_row(trees.row_offsets)
-        nodes = torch.full_like(trees.row_offsets[:-1], -1)
-        nodes[_on_device(requests, nodes.device)] = 0
+        nodes = torch.zeros_like(trees.row_offsets[:-1])
         logprobs: _Logprobs = []
         try:
             for level in range(tokens.shape[1]):
