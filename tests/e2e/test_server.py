@@ -139,6 +139,15 @@ def test_seeded_sampling(client: openai.OpenAI, plain: Engine) -> None:
         assert answer.choices[0].message.content == offline(plain, question, **params)
 
 
+def test_min_p_and_logit_bias(client: openai.OpenAI, plain: Engine) -> None:
+    """vLLM refuses them with any other speculation."""
+    params = {"temperature": 0.9, "seed": 3, "logit_bias": {17: 4.0}, "min_p": 0.2}
+    served = params | {"logit_bias": {"17": 4.0}}
+    min_p = {"min_p": served.pop("min_p")}
+    answer = chat(client, QUESTIONS[0], extra_body=min_p, **served)
+    assert answer.choices[0].message.content == offline(plain, QUESTIONS[0], **params)
+
+
 def test_logprobs(client: openai.OpenAI) -> None:
     answer = chat(client, QUESTIONS[0], logprobs=True, top_logprobs=2)
     entries = answer.choices[0].logprobs.content
@@ -162,7 +171,7 @@ def test_structured_output(client: openai.OpenAI, plain: Engine) -> None:
 
 @pytest.mark.parametrize(
     "refused",
-    [{"min_p": 0.2, "temperature": 0.9}, {"temperature": -1.0}, {"max_tokens": 10_000}],
+    [{"min_p": 1.2, "temperature": 0.9}, {"temperature": -1.0}, {"max_tokens": 10_000}],
     ids=json.dumps,
 )
 def test_bad_requests_do_not_harm_the_server(

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patches: applied once, refused on another vLLM, invisible when not used."""
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import vllm
+from vllm import SamplingParams
 from vllm.config.speculative import SpeculativeConfig
 from vllm.engine import arg_utils
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
 
 import vllm_clover2
 from vllm_clover2.integration import compat, plugin
@@ -49,6 +53,23 @@ def test_mismatch_is_raised_only_when_the_method_is_asked_for(
         EngineArgs(
             model=str(target), speculative_config=speculative
         ).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    "params", [{"min_p": 0.2}, {"logit_bias": {5: 1.0}}], ids=["min_p", "logit_bias"]
+)
+def test_other_methods_keep_their_refusals(
+    params: dict[str, Any], target: Path, head: Path
+) -> None:
+    for speculative in (NGRAM, {"method": "clover2", "model": str(head)}):
+        config = EngineArgs(
+            model=str(target), speculative_config=dict(speculative)
+        ).create_engine_config()
+        refused = pytest.raises(VLLMValidationError, match="min_p and logit_bias")
+        with refused if speculative is NGRAM else contextlib.nullcontext():
+            SamplingParams(**params).verify(
+                config.model_config, config.speculative_config, None, None
+            )
 
 
 @pytest.mark.parametrize(

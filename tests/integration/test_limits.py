@@ -78,10 +78,10 @@ def test_every_reason_is_named_at_once(
     config: VllmConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(config.parallel_config, "pipeline_parallel_size", 2)
-    monkeypatch.setattr(config.model_config, "enable_prompt_embeds", True)
+    monkeypatch.setattr(config.parallel_config, "enable_dbo", True)
     with pytest.raises(ValueError, match="pipeline") as error:
         refuse_unsupported(config)
-    assert "\n- prompt embeddings: " in str(error.value)
+    assert "\n- micro-batching: " in str(error.value)
 
 
 # The same through the arguments of an engine, where nothing has been started yet.
@@ -91,7 +91,6 @@ def test_every_reason_is_named_at_once(
     ("options", "reason"),
     [
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
-        ({"enable_prompt_embeds": True}, "prompt embeddings"),
         (
             {
                 "kv_transfer_config": {
@@ -102,7 +101,7 @@ def test_every_reason_is_named_at_once(
             "KV transfer",
         ),
     ],
-    ids=["pipeline", "prompt-embeddings", "kv-transfer"],
+    ids=["pipeline", "kv-transfer"],
 )
 def test_engine_arguments(
     target: Path, head: Path, options: dict[str, Any], reason: str

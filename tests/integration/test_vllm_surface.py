@@ -14,6 +14,7 @@ from vllm_sources import Class, Function, Sources, Thing, own_members
 import vllm_clover2.integration
 from vllm_clover2.integration.compat import SUPPORTED_VLLM
 from vllm_clover2.integration.compat.surface import EXPECTED_CONFIG, EXPECTED_WORKER
+from vllm_clover2.integration.request_sampling import STATES
 
 PACKAGE = Path(vllm_clover2.integration.__file__).parent
 # Ours are mixed in front of these.
@@ -35,6 +36,9 @@ MIXED_WITH = {
 # Expressions whose type no annotation tells.
 TYPED = {
     "self.input_batch": "vllm.v1.worker.gpu_input_batch:InputBatch",
+    "batch.thinking_budget_state_holder": (
+        "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder"
+    ),
     "scheduler_output": "vllm.v1.core.sched.output:SchedulerOutput",
 }
 
@@ -171,6 +175,13 @@ def test_most_of_what_is_used_is_checked(sources: Sources) -> None:
 def test_mixed_in_classes_exist(mixin: str, sources: Sources) -> None:
     for path in MIXED_WITH[mixin]:
         assert isinstance(sources.find(path), Class), path
+
+
+@pytest.mark.parametrize(("cls", "name"), STATES.items())
+def test_states_of_processors_exist(cls: type, name: str, sources: Sources) -> None:
+    processor = sources.find(f"{cls.__module__}:{cls.__name__}")
+    assert isinstance(processor, Class)
+    assert name in sources.members(processor)
 
 
 @pytest.mark.parametrize("path", EXPECTED_CONFIG | EXPECTED_WORKER)

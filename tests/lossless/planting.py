@@ -31,7 +31,9 @@ TRUTH = "planted_truth"
 def with_truth(requests: list[Request], plain: list[Output]) -> list[Request]:
     """The requests with the tokens that plain vLLM answered, for the planter."""
     return [
-        request.replaced(extra_args={TRUTH: output.tokens})
+        request.replaced(
+            extra_args=request.params.get("extra_args", {}) | {TRUTH: output.tokens}
+        )
         for request, output in zip(requests, plain, strict=True)
     ]
 

@@ -13,8 +13,9 @@ import pytest
 from engine_fixtures import Baseline, random_prompts
 from engines import Engine, EnginePool, Output, Request, assert_same
 from planting import CommitSpy, Planter, with_truth
-from vllm.exceptions import VLLMValidationError
 
+# Every second token, by up to half of the logits' own deviation.
+BIAS = {token: 0.01 * (token % 300) for token in range(0, 512, 2)}
 VARIANTS: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 0.9},
     "hot": {"temperature": 2.0},
@@ -32,6 +33,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "greedy-allowed-ids": {"allowed_token_ids": list(range(50, 90))},
     "bad-words": {"temperature": 0.7, "bad_words": ["a", "the", "of", "License"]},
     "min-tokens": {"temperature": 0.9, "min_tokens": 9, "stop_token_ids": [5, 6, 7]},
+    "min-p": {"temperature": 1.5, "min_p": 0.2},
+    "min-p-top-k": {"temperature": 2.0, "min_p": 0.05, "top_k": 30},
+    "logit-bias": {"temperature": 1.0, "logit_bias": BIAS, "min_p": 0.1},
+    "greedy-logit-bias": {"logit_bias": BIAS, "min_tokens": 9, "stop_token_ids": [5]},
     "logprobs": {"temperature": 0.9, "logprobs": 3},
     "greedy-logprobs": {"logprobs": 5},
     "chosen-logprobs": {"temperature": 0.7, "logprob_token_ids": [4, 9, 300]},
@@ -157,23 +162,102 @@ def test_several_answers_to_one_prompt(
     assert len({tuple(answer) for answer in answers[0]}) == 3
 
 
-@pytest.mark.parametrize(
-    "refused", [{"min_p": 0.2}, {"logit_bias": {5: 1.0}}], ids=["min_p", "logit_bias"]
-)
-def test_a_refused_request_leaves_the_others_alone(
-    refused: dict[str, Any],
+@pytest.mark.parametrize("name", ["min-p", "greedy-logit-bias"])
+def test_min_p_and_logit_bias_matter(name: str, baseline: Baseline) -> None:
+    """Else the tests above could not see them."""
+    requests = requests_with(VARIANTS[name], 6, seed=30)
+    neutral = {"min_p": 0.0, "logit_bias": None}
+    without = baseline([request.replaced(**neutral) for request in requests])
+    pairs = zip(baseline(requests), without, strict=True)
+    assert sum(one.tokens != other.tokens for one, other in pairs) > 3
+
+
+def test_requests_come_and_go(
     engine: Engine,
     baseline: Baseline,
     plant: Callable[..., Planter],
+    commits: CommitSpy,
 ) -> None:
-    """vLLM does not combine these two with any speculation."""
-    requests = random_prompts(4, seed=62)
+    """What is kept by place in the batch has to move with its request."""
+    requests = [
+        request.replaced(max_tokens=3 + (7 * i) % 23)
+        for i, variant in enumerate([*MIXED, *MIXED])
+        for request in requests_with(variant, 1, seed=70 + i)
+    ]
     expected = baseline(requests)
-    plant(seed=43)
-    ids = [engine.add(request) for request in with_truth(requests, expected)]
-    outputs = engine.step()
-    with pytest.raises(VLLMValidationError, match="min_p and logit_bias"):
-        engine.add(requests[0].replaced(temperature=0.9, **refused))
-    while engine.busy:
-        outputs |= engine.step()
-    assert_same(expected, [outputs[i] for i in ids], requests)
+    plant(seed=44, hit_rate=0.6)
+    actual = engine.run(with_truth(requests, expected), concurrency=7)
+    assert_same(expected, actual, requests)
+    assert_same_logprobs(expected, actual)
+    assert commits.moved > len(requests)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    ["temperature", "top-p", "greedy-penalties", "bad-words", "greedy-logprobs"],
+)
+def test_only_what_one_request_emits_is_sampled(
+    variant: str,
+    engine: Engine,
+    baseline: Baseline,
+    plant: Callable[..., Planter],
+    commits: CommitSpy,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its parameters do not slow the others, and no text is copied."""
+    requests = random_prompts(8, seed=63)
+    requests[3:4] = requests_with(VARIANTS[variant], 1, seed=64)
+    expected = baseline(requests)
+    sampler, rows = engine.runner.sampler, []
+    forward = sampler.forward
+
+    def recording(logits: Any, sampling_metadata: Any, **options: Any) -> Any:
+        rows.append(len(logits))
+        texts = {id(r.output_token_ids) for r in engine.runner.requests.values()}
+        assert {id(text) for text in sampling_metadata.output_token_ids} <= texts
+        return forward(logits, sampling_metadata, **options)
+
+    monkeypatch.setattr(sampler, "forward", recording)
+    plant(seed=45, hit_rate=0.6)
+    actual = engine.run(with_truth(requests, expected))
+    assert_same(expected, actual, requests)
+    assert commits.accepted > len(requests)
+    emitted = len(expected[3].tokens)
+    # What follows the last token may have been sampled, too.
+    assert rows in ([1] * emitted, [1] * (emitted + 1))
+
+
+def test_each_level_asks_for_what_its_requests_want(
+    engine: Engine,
+    baseline: Baseline,
+    plant: Callable[..., Planter],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A level without the penalized request computes no penalties."""
+    names = ["temperature", "repetition", "top-p", "logprobs"]
+    requests = [
+        request
+        for i, name in enumerate(names)
+        for request in requests_with(VARIANTS[name], 1, seed=80 + i)
+    ]
+    expected = baseline(requests)
+    sampler, seen = engine.runner.sampler, []
+    forward = sampler.forward
+
+    def recording(logits: Any, sampling_metadata: Any, **options: Any) -> Any:
+        penalties = not sampling_metadata.no_penalties
+        top_p = sampling_metadata.top_p is not None
+        logprobs = sampling_metadata.max_num_logprobs is not None
+        seen.append((len(logits), penalties + top_p + logprobs))
+        return forward(logits, sampling_metadata, **options)
+
+    monkeypatch.setattr(sampler, "forward", recording)
+    plant(seed=46, hit_rate=0.6)
+    actual = engine.run(with_truth(requests, expected))
+    assert_same(expected, actual, requests)
+    assert_same_logprobs(expected, actual)
+    # Three of the four want something each.
+    assert all(wanted in (rows - 1, rows) for rows, wanted in seen)
+    assert {rows for rows, _ in seen} == {1, 2, 3, 4}
+    emitted = sum(len(output.tokens) for output in expected)
+    assert emitted <= sum(rows for rows, _ in seen) <= emitted + len(requests)

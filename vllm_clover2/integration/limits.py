@@ -59,8 +59,6 @@ def _method_limits(vllm_config: VllmConfig) -> list[str]:
         "MLA targets: their KV layout is not supported; use an MHA/GQA target": (
             model.use_mla
         ),
-        "prompt embeddings: the draft needs the ids of prompt tokens; remove "
-        "enable_prompt_embeds": model.enable_prompt_embeds,
         "CUDA graphs of whole passes: rows and masks of drafts change from step to "
         'step; set cudagraph_mode "PIECEWISE" in compilation_config': (
             graphs is not None

@@ -24,6 +24,10 @@ from vllm_clover2.integration.backlog import CommittedRows
 from vllm_clover2.integration.compat import patches, surface
 from vllm_clover2.integration.drafting import Drafting, FinishedStep
 from vllm_clover2.integration.proposer import Clover2Proposer
+from vllm_clover2.integration.request_sampling import (
+    RequestSampling,
+    opaque_processor,
+)
 from vllm_clover2.integration.sampling import AcceptedPaths, accept_paths
 from vllm_clover2.integration.verify import (
     Draft,
@@ -42,7 +46,10 @@ class Clover2RunnerMixin:
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         surface.check_signatures(surface.EXPECTED_WORKER)
-        with patches.let_runner_make(vllm_config.speculative_config):
+        with (
+            patches.let_runner_make(vllm_config.speculative_config),
+            patches.all_logits_processors(),
+        ):
             super().__init__(vllm_config, device)
         if vllm_config.speculative_config.has_head:
             self.drafter = Clover2Proposer(vllm_config, device, self)
@@ -107,10 +114,14 @@ class Clover2RunnerMixin:
 
     def _pass_rows(self, num_rows: int) -> None:
         """Run the target over so many rows, output head included, without KV."""
+        tokens, embeddings = self.input_ids.gpu[:num_rows], None
+        if self.enable_prompt_embeds:  # a compiled target knows one of the two only
+            tokens, embeddings = None, self.inputs_embeds.gpu[:num_rows]
         with set_forward_context(None, self.vllm_config, num_tokens=num_rows):
             hidden_states = self._model_forward(
-                input_ids=self.input_ids.gpu[:num_rows],
+                input_ids=tokens,
                 positions=self.positions[:num_rows],
+                inputs_embeds=embeddings,
             )
         if self.use_aux_hidden_state_outputs:
             hidden_states, _ = hidden_states
@@ -175,9 +186,9 @@ class Clover2RunnerMixin:
         self._accepted = accept_paths(
             self.sampler,
             logits,
-            self.input_batch.sampling_metadata,
+            RequestSampling(self.input_batch),
             batch,
-            self.discard_request_mask.gpu[:num_reqs],
+            self.discard_request_mask.np[:num_reqs],
         )
         self._commit(batch, self._accepted)
         return self._accepted.output
@@ -315,10 +326,20 @@ class Clover2RunnerMixin:
         return sum(left)
 
     def _may_draft(self, req_id: str) -> bool:
-        if self.requests[req_id].sampling_params.thinking_token_budget is not None:
-            self.drafts.fell_back("thinking budget: not drafted")
-            return False
-        return True
+        reason = self._why_not_drafted(self.requests[req_id])
+        if reason is not None:
+            self.drafts.fell_back(f"{reason}: not drafted")
+        return reason is None
+
+    def _why_not_drafted(self, request: Any) -> str | None:
+        if request.sampling_params.thinking_token_budget is not None:
+            return "thinking budget"
+        if request.prompt_embeds is not None:
+            return "prompt embeddings"  # no source knows the tokens of the prompt
+        opaque = opaque_processor(self.input_batch.logitsprocs)
+        if opaque is not None:
+            return f"logits processor {type(opaque).__name__}"
+        return None
 
     def _count_accepted(self, batch: VerifyBatch, paths: np.ndarray) -> None:
         """Count verified and accepted nodes, and where in their trees these stood."""

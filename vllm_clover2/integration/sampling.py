@@ -5,23 +5,26 @@ The target's own sampler picks a token after the root; while the pick is a draft
 child, the walk goes on from that child. Every emitted token is thus drawn by vLLM's
 sampler from its exact conditional, with the request's parameters, generator and
 history: lossless for every deterministic tree, and a seeded request draws the very
-numbers it would draw without speculation.
+numbers it would draw without speculation. Requests that want no more than the argmax
+are walked all at once; the sampler is called for each token that others emit, once.
 """
 
-import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
-from vllm.v1.sample.logits_processor import LogitsProcessors
-from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
-from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
 from vllm_clover2 import ops
+from vllm_clover2.integration.request_sampling import RequestSampling
 from vllm_clover2.integration.verify import VerifyBatch
 from vllm_clover2.tree.types import NO_TOKEN
 from vllm_clover2.tree.walk import first_matching_child, request_of_row
+
+_NOT_PICKED = NO_TOKEN - 1
+"""Equal to no drafted token, not even to a placeholder."""
 
 
 @dataclass(frozen=True)
@@ -36,177 +39,161 @@ class AcceptedPaths:
 def accept_paths(
     sampler: Sampler,
     logits: torch.Tensor,  # [rows, vocab]
-    metadata: SamplingMetadata,  # one entry per request
+    sampling: RequestSampling,
     batch: VerifyBatch,
-    discarded: torch.Tensor,  # [R] bool, requests in the middle of their prompt
+    discarded: np.ndarray,  # [R] bool, requests in the middle of their prompt
 ) -> AcceptedPaths:
-    """Sample along the trees; discarded requests draw nothing and emit nothing."""
-    if _picks_are_argmax(metadata):
-        return _accept_greedy(sampler, logits, batch)
-    return _accept_by_level(sampler, logits, metadata, batch, discarded)
+    """Sample along the trees; discarded requests draw nothing."""
+    sampled = [i for i in sorted(sampling.sampled) if not discarded[i]]
+    accepted = _accept_argmax(sampler, logits, batch, sampled)
+    if not sampled:
+        return accepted
+    tokens, paths = accepted.output.sampled_token_ids, accepted.paths
+    levels = _Levels(sampler, logits, sampling, batch, discarded)
+    logprobs = levels.walk(sampled, tokens, paths)
+    lengths = (paths >= 0).sum(dim=1, dtype=torch.int32)
+    if any(tensors is not None for _, tensors in logprobs):
+        tokens = tokens[:, : int(lengths.max()) + 1]
+    output = SamplerOutput(tokens, _request_major(logprobs, tokens.shape))
+    return AcceptedPaths(output, paths, lengths)
 
 
-def _picks_are_argmax(metadata: SamplingMetadata) -> bool:
-    """Whether every pick is the argmax of its unprocessed row."""
-    holder = metadata.thinking_budget_state_holder
-    return (
-        metadata.all_greedy
-        and metadata.max_num_logprobs is None
-        and not metadata.logprob_token_ids
-        and metadata.no_penalties
-        and metadata.allowed_token_ids_mask is None
-        and not metadata.bad_words_token_ids
-        and not _min_tokens(metadata)
-        and not (holder is not None and holder.has_tracked_requests())
-    )
-
-
-def _accept_greedy(
-    sampler: Sampler, logits: torch.Tensor, batch: VerifyBatch
+def _accept_argmax(
+    sampler: Sampler,
+    logits: torch.Tensor,
+    batch: VerifyBatch,
+    excluded: list[int],  # requests that are walked otherwise: they emit nothing here
 ) -> AcceptedPaths:
     """One argmax over all rows, then the walk in one kernel."""
-    picks = sampler.greedy_sample(logits.float()).long()
     trees = batch.trees
+    if excluded:
+        included = np.ones(batch.num_requests, dtype=bool)
+        included[excluded] = False
+        rows = np.flatnonzero(np.repeat(included, batch.row_counts))
+        picks = torch.full_like(trees.tokens, _NOT_PICKED)
+        if len(rows):
+            index = _on_device(rows, logits.device)
+            picks[index] = sampler.greedy_sample(logits[index].float()).long()
+    else:
+        picks = sampler.greedy_sample(logits.float()).long()
     paths, lengths, _ = ops.tree_accept(
         picks, trees.tokens, trees.parents, trees.row_offsets, batch.max_depth
     )
     # Picks after the root and after every accepted row are the emitted tokens.
     visited = torch.cat([torch.zeros_like(lengths)[:, None], paths], dim=1)
     flat = visited.clamp(min=0) + trees.row_offsets[:-1, None]
-    sampled = torch.where(visited < 0, NO_TOKEN, picks[flat.long()])
-    return AcceptedPaths(SamplerOutput(sampled.int(), None), paths, lengths)
+    tokens = torch.where(visited < 0, NO_TOKEN, picks[flat.long()])
+    tokens = tokens.clamp(min=NO_TOKEN).int()
+    return AcceptedPaths(SamplerOutput(tokens, None), paths, lengths)
 
 
-def _accept_by_level(
-    sampler: Sampler,
-    logits: torch.Tensor,
-    metadata: SamplingMetadata,
-    batch: VerifyBatch,
-    discarded: torch.Tensor,
-) -> AcceptedPaths:
-    """One sampler call per level, over the current row of each request."""
-    trees = batch.trees
-    roots = trees.row_offsets[:-1]
-    row_request = request_of_row(trees.row_offsets)
-    nodes = torch.zeros_like(roots).masked_fill(discarded, -1)
-    histories: list[list[int]] = [[] for _ in range(batch.num_requests)]
-    sampled, paths, logprobs = [], [], []
-    for level in range(batch.max_depth + 1):
-        active = nodes >= 0
-        output = sampler(
-            logits=logits[roots + nodes.clamp(min=0)],
-            sampling_metadata=_metadata_at(metadata, level, active, histories),
-        )
-        picks = output.sampled_token_ids[:, 0].long()
-        picks = torch.where(active, picks, NO_TOKEN)
-        sampled.append(picks)
-        logprobs.append(output.logprobs_tensors)
-        nodes = first_matching_child(
-            nodes, picks, trees.tokens, trees.parents, trees.row_offsets, row_request
-        )
-        paths.append(nodes)
-        if not bool((nodes >= 0).any()):
-            break
-        if metadata.output_token_ids:
-            for history, pick in zip(histories, picks.tolist(), strict=True):
-                history.append(pick)
-    path_rows = torch.stack(paths[: batch.max_depth] or [nodes], dim=1)
-    return AcceptedPaths(
-        SamplerOutput(torch.stack(sampled, dim=1).int(), _request_major(logprobs)),
-        path_rows,
-        (path_rows >= 0).sum(dim=1, dtype=torch.int32),
-    )
+def _on_device(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    """The numbers [n] int64 on ``device``."""
+    return torch.as_tensor(numbers).to(device, non_blocking=True)
 
 
-def _metadata_at(
-    metadata: SamplingMetadata,
-    level: int,
-    active: torch.Tensor,  # [R] bool
-    histories: list[list[int]],  # tokens picked in this step, by request
-) -> SamplingMetadata:
-    """The step's metadata as plain decoding would have it ``level`` tokens later.
+_Logprobs = list[tuple[torch.Tensor, LogprobsTensors | None]]
+"""For every level the requests [n] that were sampled, and what the sampler told."""
 
-    Generators of requests that stopped are hidden: they must not draw.
-    """
-    generators = metadata.generators
-    if generators:
-        is_active = active.tolist()
-        generators = {i: g for i, g in generators.items() if is_active[i]}
-    outputs = metadata.output_token_ids
-    if outputs and level:
-        outputs = [
-            [*output, *history]
-            for output, history in zip(outputs, histories, strict=True)
-        ]
-    changes = {
-        "generators": generators,
-        "output_token_ids": outputs,
-        "spec_token_ids": None,
-    }
-    if level:
-        # Requests with a thinking budget have no drafts, so they ended at level 0.
-        changes["thinking_budget_state_holder"] = None
-        min_tokens = _min_tokens(metadata)
-        if min_tokens:
-            later = _MinTokensAtLevel(min_tokens[0], level)
-            changes["logitsprocs"] = _replaced(
-                metadata.logitsprocs, min_tokens[0], later
+
+@dataclass(frozen=True)
+class _Levels:
+    """Walks by one sampler call per level, over the rows of those that go on."""
+
+    sampler: Sampler
+    logits: torch.Tensor
+    sampling: RequestSampling
+    batch: VerifyBatch
+    discarded: np.ndarray
+
+    def walk(
+        self,
+        requests: list[int],
+        tokens: torch.Tensor,  # [R, max_depth + 1] int32, filled in
+        paths: torch.Tensor,  # [R, max_depth] int32, filled in
+    ) -> _Logprobs:
+        """Fill in what these requests emit and accept."""
+        texts = self.sampling.output_token_ids
+        known = {request: len(texts[request]) for request in requests}
+        trees = self.batch.trees
+        row_request = request_of_row(trees.row_offsets)
+        nodes = torch.zeros_like(trees.row_offsets[:-1])
+        logprobs: _Logprobs = []
+        try:
+            for level in range(tokens.shape[1]):
+                index = _on_device(requests, nodes.device)
+                picks, told = self._sample(level, requests, index, nodes)
+                logprobs.append((index, told))
+                tokens[index, level] = picks[index].int()
+                if level == paths.shape[1]:
+                    break
+                nodes = first_matching_child(
+                    nodes,
+                    picks,
+                    trees.tokens,
+                    trees.parents,
+                    trees.row_offsets,
+                    row_request,
+                )
+                paths[index, level] = nodes[index]
+                # The only wait for the device in a level.
+                nodes_now, picked = torch.stack([nodes, picks.int()]).tolist()
+                requests = [i for i in requests if nodes_now[i] >= 0]
+                if not requests:
+                    break
+                # Penalties, bad words and processors look at these lists, which
+                # have to be what plain decoding would have made of them by now.
+                for request in requests:
+                    texts[request].append(picked[request])
+                self.sampling.texts_have_grown()
+        finally:
+            for request, length in known.items():
+                del texts[request][length:]
+        return logprobs
+
+    def _sample(
+        self, level: int, requests: list[int], index: torch.Tensor, nodes: torch.Tensor
+    ) -> tuple[torch.Tensor, LogprobsTensors | None]:
+        """Picks [R] int64 below these requests' nodes, and their log-probabilities."""
+        roots = self.batch.trees.row_offsets[:-1]
+        picks = torch.full_like(roots, _NOT_PICKED, dtype=torch.int64)
+        if level == 0 and self.sampling.whole_batch_at_roots:
+            output = self.sampler(
+                logits=self.logits[roots],
+                sampling_metadata=self.sampling.of_all(self.discarded),
             )
-    return dataclasses.replace(metadata, **changes)
+            picks[index] = output.sampled_token_ids[index, 0].long()
+            told = output.logprobs_tensors
+            if told is not None:
+                told = LogprobsTensors(*(part[index] for part in told[:3]))
+            return picks, told
+        output = self.sampler(
+            logits=self.logits[roots[index] + nodes[index]],
+            sampling_metadata=self.sampling.of(requests, index),
+        )
+        picks[index] = output.sampled_token_ids[:, 0].long()
+        return picks, output.logprobs_tensors
 
 
-def _min_tokens(metadata: SamplingMetadata) -> list[MinTokensLogitsProcessor]:
-    """The processor of ``min_tokens``, if it masks any request now."""
-    return [
-        processor
-        for processor in metadata.logitsprocs.non_argmax_invariant
-        if isinstance(processor, MinTokensLogitsProcessor) and processor.min_toks
-    ]
+def _request_major(
+    levels: _Logprobs,
+    shape: torch.Size,  # requests, levels
+) -> LogprobsTensors | None:
+    """Log-probabilities of levels -> rows ordered by request, then level.
 
-
-class _MinTokensAtLevel:
-    """``min_tokens`` for requests that are ``level`` tokens further than known."""
-
-    def __init__(self, stock: MinTokensLogitsProcessor, level: int) -> None:
-        self.stops = [
-            (request, list(stop_ids), structured)
-            for request, (least, output, stop_ids, structured) in stock.min_toks.items()
-            if len(output) + level < least
-        ]
-
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        for request, stop_ids, structured in self.stops:
-            row = logits[request]
-            allowed_by_grammar = row[stop_ids]
-            row[stop_ids] = float("-inf")
-            # As in the stock processor: a grammar that allows nothing else wins.
-            if structured and torch.isneginf(row).all():
-                row[stop_ids] = allowed_by_grammar
-        return logits
-
-
-def _replaced(
-    processors: LogitsProcessors, old: object, new: object
-) -> LogitsProcessors:
-    copy = LogitsProcessors()
-    copy.argmax_invariant = processors.argmax_invariant
-    copy.non_argmax_invariant = [
-        new if processor is old else processor
-        for processor in processors.non_argmax_invariant
-    ]
-    return copy
-
-
-def _request_major(levels: list[LogprobsTensors | None]) -> LogprobsTensors | None:
-    """Per-level log-probabilities [R, k] -> rows ordered by request, then level."""
-    if levels[0] is None:
+    Tokens that were not sampled, for requests that did not ask, have -inf.
+    """
+    told = [tensors for _, tensors in levels if tensors is not None]
+    if not told:
         return None
-
-    def interleave(parts: list[torch.Tensor]) -> torch.Tensor:
-        return torch.stack(parts, dim=1).flatten(0, 1)
-
-    return LogprobsTensors(
-        interleave([level.logprob_token_ids for level in levels]),
-        interleave([level.logprobs for level in levels]),
-        interleave([level.selected_token_ranks for level in levels]),
-    )
+    width = max(tensors.logprobs.shape[1] for tensors in told)
+    ids = told[0].logprob_token_ids.new_zeros((*shape, width))
+    logprobs = told[0].logprobs.new_full((*shape, width), -torch.inf)
+    ranks = told[0].selected_token_ranks.new_zeros(shape)
+    for level, (requests, tensors) in enumerate(levels):
+        if tensors is not None:
+            columns = tensors.logprobs.shape[1]
+            ids[requests, level, :columns] = tensors.logprob_token_ids
+            logprobs[requests, level, :columns] = tensors.logprobs
+            ranks[requests, level] = tensors.selected_token_ranks
+    return LogprobsTensors(ids.flatten(0, 1), logprobs.flatten(0, 1), ranks.flatten())

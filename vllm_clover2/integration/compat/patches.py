@@ -3,6 +3,7 @@
 
 import argparse
 import contextlib
+import copy
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +27,7 @@ def install() -> None:
     _extend_command_line()
     _keep_model_runner_v1()
     _export_metrics()
+    _accept_sampling_parameters()
 
 
 def _register_draft_model() -> None:
@@ -221,6 +223,48 @@ def _export_metrics() -> None:
     Scheduler.update_from_output = update_from_output
     SpecDecodingLogging.observe = observe
     PrometheusStatLogger._spec_decoding_cls = metrics.Clover2Prom
+
+
+def _accept_sampling_parameters() -> None:
+    """Patch ``SamplingParams._validate_spec_decode``.
+
+    It refuses ``min_p`` and ``logit_bias`` with any speculation, because vLLM's
+    rejection sampler does not know them. Ours calls the stock sampler for every token.
+    """
+    from vllm.sampling_params import SamplingParams
+
+    stock = SamplingParams._validate_spec_decode
+
+    @functools.wraps(stock)
+    def validate_spec_decode(self: Any, speculative_config: Any) -> None:
+        if speculative_config is None or speculative_config.method != METHOD:
+            stock(self, speculative_config)
+
+    SamplingParams._validate_spec_decode = validate_spec_decode
+
+
+@contextlib.contextmanager
+def all_logits_processors() -> Iterator[None]:
+    """Let ``GPUModelRunner.__init__`` build the logits processors of plain vLLM.
+
+    With speculation ``build_logitsprocs`` leaves out those of ``min_p`` and
+    ``logit_bias`` and raises for custom ones. Goes away with a hook for the sampler.
+    """
+    from vllm.v1.worker import gpu_model_runner
+
+    stock = gpu_model_runner.build_logitsprocs
+
+    @functools.wraps(stock)
+    def build_logitsprocs(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        plain = copy.copy(vllm_config)
+        plain.speculative_config = None
+        return stock(plain, *args, **kwargs)
+
+    gpu_model_runner.build_logitsprocs = build_logitsprocs
+    try:
+        yield
+    finally:
+        gpu_model_runner.build_logitsprocs = stock
 
 
 @contextlib.contextmanager

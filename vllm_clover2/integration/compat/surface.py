@@ -38,10 +38,16 @@ EXPECTED_CONFIG = {
     "vllm.v1.spec_decode.metrics:SpecDecodingProm.observe": (
         "self spec_decoding_stats engine_idx"
     ),
+    "vllm.sampling_params:SamplingParams._validate_spec_decode": (
+        "self speculative_config"
+    ),
 }
 """Used in the processes that read the configuration, schedule and serve."""
 
 EXPECTED_WORKER = {
+    "vllm.v1.worker.gpu_model_runner:build_logitsprocs": (
+        "vllm_config device is_pin_memory is_pooling_model custom_logitsprocs"
+    ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs": (
         "self scheduler_output num_scheduled_tokens"
     ),
