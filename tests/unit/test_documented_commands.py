@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands in the README and in the cards of heads are ones that exist."""
+"""Commands in the README, in docs/ and in the cards of heads are ones that exist, and
+links between documents lead somewhere.
+"""
 
 import functools
 import re
@@ -14,7 +16,12 @@ from vllm_clover2 import cli
 from vllm_clover2.heads import SHIPPED
 
 REPO = Path(__file__).parents[2]
-DOCUMENTS = [REPO / "README.md", *sorted(SHIPPED.glob("*/README.md"))]
+DOCUMENTS = [
+    REPO / "README.md",
+    REPO / "CONTRIBUTING.md",
+    *sorted(REPO.glob("docs/*.md")),
+    *sorted(SHIPPED.glob("*/README.md")),
+]
 
 
 def documented(start: str) -> list[list[str]]:
@@ -63,3 +70,34 @@ def test_example_scripts_know_their_options(words: list[str]) -> None:
     for word in words[2:]:
         if word.startswith("--"):
             assert word in help_of(words[1])
+
+
+def headings(path: Path) -> set[str]:
+    """Anchors of a document's headings, as GitHub names them."""
+    lines = [x for x in path.read_text().splitlines() if x.startswith("#")]
+    titles = [
+        re.sub(r"[^\w\- ]", "", line.lstrip("#").strip().lower()) for line in lines
+    ]
+    return {title.replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(REPO)))
+def test_links_lead_somewhere(document: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = document.parent / name if name else document
+        assert target.exists(), link
+        assert not anchor or anchor in headings(target), link
+
+
+def test_every_patch_is_registered() -> None:
+    patches = REPO / "vllm_clover2/integration/compat/patches.py"
+    install = re.search(r"def install\(\).*?\n\n\n", patches.read_text(), re.DOTALL)
+    assert install is not None
+    made = re.findall(r"^    (_\w+)\(\)", install.group(), re.MULTILINE)
+    listed = re.findall(
+        r"^\| `(_\w+)`", (REPO / "docs/developing.md").read_text(), re.M
+    )
+    assert made == listed
