@@ -11,8 +11,9 @@ VENV_PYTHON := .venv/bin/python
 PIP := $(VENV_PYTHON) -m pip install -c $(PINS)
 BUILD_WHEEL := -m pip wheel --no-cache-dir --no-deps --no-build-isolation -w dist
 TARGET := build/SmolLM2-135M-Instruct
-# Two processes; files stay whole, because their tests share engines.
-SIDE_BY_SIDE := -n 2 --dist loadfile
+# Two processes; files stay whole, because their tests share engines, and in order:
+# those with engines come last.
+SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 KERNELS := $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name '*.hpp' \
                    -o -name '*.cu' -o -name '*.cuh')
 
