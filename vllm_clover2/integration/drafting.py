@@ -19,6 +19,7 @@ from vllm_clover2 import ops
 from vllm_clover2.integration.backlog import CommittedRows, HiddenBacklog
 from vllm_clover2.integration.drafter import Drafter
 from vllm_clover2.integration.proposer import Clover2Proposer
+from vllm_clover2.integration.step import of_first_rank
 from vllm_clover2.tree.chooser import Chooser, Plan
 from vllm_clover2.tree.context import ContextCandidates, ContextWalk
 from vllm_clover2.tree.grower import Growth, TreeGrower
@@ -236,7 +237,7 @@ class Drafting:
             trees = trees._replace(sizes=torch.from_numpy(sizes).int())
             kept = np.arange(joint.shape[1]) < sizes[:, None]
             self._expected.update(zip(ids, (joint * kept).sum(axis=1).tolist()))
-        return self.drafter.of_first_rank(trees)
+        return of_first_rank(trees)
 
     def _learn(self, step: FinishedStep) -> None:
         """Calibrate by how the texts of the last step went on."""

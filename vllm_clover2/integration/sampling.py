@@ -18,7 +18,7 @@ from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
-from vllm_clover2 import ops
+from vllm_clover2.integration.step import accept
 from vllm_clover2.integration.verify import VerifyBatch
 from vllm_clover2.tree.types import NO_TOKEN
 from vllm_clover2.tree.walk import first_matching_child, request_of_row
@@ -67,14 +67,10 @@ def _accept_greedy(
     """One argmax over all rows, then the walk in one kernel."""
     picks = sampler.greedy_sample(logits.float()).long()
     trees = batch.trees
-    paths, lengths, _ = ops.tree_accept(
+    tokens, paths, lengths = accept(
         picks, trees.tokens, trees.parents, trees.row_offsets, batch.max_depth
     )
-    # Picks after the root and after every accepted row are the emitted tokens.
-    visited = torch.cat([torch.zeros_like(lengths)[:, None], paths], dim=1)
-    flat = visited.clamp(min=0) + trees.row_offsets[:-1, None]
-    sampled = torch.where(visited < 0, NO_TOKEN, picks[flat.long()])
-    return AcceptedPaths(SamplerOutput(sampled.int(), None), paths, lengths)
+    return AcceptedPaths(SamplerOutput(tokens.int(), None), paths, lengths)
 
 
 def _accept_by_level(
