@@ -71,19 +71,17 @@ SCENARIOS = {
 }
 OF_RUNNER_V2 = {
     "own drafts": Scenario(TREES, planted=False),
-    "own drafts, seeded": Scenario(TREES, SEEDED, planted=False),
+    "own drafts, penalties": Scenario(TREES, PENALTIES, planted=False),
     "own drafts, chain": Scenario({"tree": "chain"}, planted=False),
     "own drafts, no head": Scenario(TREES | {"model": "none"}, planted=False),
-    "planted": Scenario(TREES),
-    "planted, no head": Scenario(TREES | {"model": "none"}),
     "planted, static": Scenario({"tree": "static"}),
     "planted, chain": Scenario({"tree": "chain"}),
-    "planted, seeded": Scenario(TREES, SEEDED),
-    "planted, penalties": Scenario(TREES, PENALTIES),
-    "all kinds in one batch": Scenario(
+    "planted, all kinds": Scenario(
         TREES, requests=10, others=(SEEDED, PENALTIES, BAD_WORDS, GRAMMAR)
     ),
-    "synchronous": Scenario(TREES, SEEDED, options={"async_scheduling": False}),
+    "planted, synchronous": Scenario(
+        TREES, SEEDED, options={"async_scheduling": False}
+    ),
     "chunked prefill": Scenario(TREES, options={"max_num_batched_tokens": 48}),
     "preempted": Scenario(TREES, tokens=48, options={"num_gpu_blocks_override": 24}),
     "aborted": Scenario(TREES, requests=12, aborted=3, options={"max_num_seqs": 4}),

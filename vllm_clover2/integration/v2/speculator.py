@@ -115,13 +115,13 @@ class HeadSpeculator(_WithoutGraphs, DraftModelSpeculator):
         attn_metadata: dict[str, Any] | None,
         slot_mappings: dict[str, torch.Tensor] | None,
         last_hidden_states: torch.Tensor,
-        aux_hidden_states: list[torch.Tensor] | None,
+        aux_hidden_states: Any,  # one [rows, hidden], before the target's final norm
         num_sampled: torch.Tensor,  # [R] int32
         *_: Any,
         dummy_run: bool = False,
         **__: Any,
     ) -> torch.Tensor:  # [R, nodes] int64
-        hidden = aux_hidden_states[0]  # the target's states, before its final norm
+        (hidden,) = aux_hidden_states
         if dummy_run:
             return self._dummy_propose(hidden, input_batch.num_reqs)
         states = self._augment(input_batch, hidden, num_sampled)
