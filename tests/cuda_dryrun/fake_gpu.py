@@ -81,6 +81,13 @@ def _mark(tensor: torch.Tensor) -> None:
         storage.on_gpu = True
 
 
+def mapped(host: torch.Tensor) -> torch.Tensor:
+    """The device's view of pinned host memory (unified virtual addressing)."""
+    view = torch.from_numpy(_native["numpy"](host))
+    _mark(view)
+    return view
+
+
 def _is_pinned(tensor: torch.Tensor) -> bool:
     return getattr(_storage(tensor), "pinned", False)
 

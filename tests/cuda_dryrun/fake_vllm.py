@@ -14,6 +14,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import fake_gpu
+import fake_triton
 import torch
 from fake_gpu import MODE, inside_a_kernel
 
@@ -50,6 +51,7 @@ def install(folder: Path) -> None:
         sys.modules[f"vllm.{name}"] = ModuleType(f"vllm.{name}")
     _fake_nvml()
     _replace_kernels()
+    fake_triton.install()
     _define_missing_operators(folder)
 
 
@@ -130,7 +132,10 @@ def _fake_nvml() -> None:
 def _replace_kernels() -> None:
     """Kernels of Triton, FlashAttention and vLLM's library, in torch."""
     import vllm._custom_ops
+    import vllm.utils.torch_utils
     import vllm.vllm_flash_attn
+
+    vllm.utils.torch_utils.get_accelerator_view_from_cpu_tensor = fake_gpu.mapped
 
     ops = vllm._custom_ops
     ops.reshape_and_cache_flash = _write_kv

@@ -23,6 +23,8 @@ TREES = {"num_speculative_tokens": 25, "adaptive": False}
 GREEDY: dict[str, Any] = {}
 SEEDED = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 3}
 PENALTIES = {"temperature": 0.9, "seed": 5, "repetition_penalty": 1.1, "logprobs": 3}
+BAD_WORDS = {"bad_words": ["a", "th"], "temperature": 0.7, "seed": 1}
+GRAMMAR = {"grammar": "[a-d]{200}"}
 
 
 @dataclasses.dataclass
@@ -36,6 +38,19 @@ class Scenario:
     requests: int = 8
     tokens: int = 24
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    others: tuple[dict[str, Any], ...] = ()  # parameters of every further request
+    aborted: int = 0  # requests that are aborted after a few steps
+    runner: str = "V1"
+
+    def params_of(self, number: int) -> dict[str, Any]:
+        """Sampling parameters of one request."""
+        from vllm.sampling_params import StructuredOutputsParams
+
+        kinds = (self.params, *self.others)
+        params = dict(kinds[number % len(kinds)])
+        if (grammar := params.pop("grammar", None)) is not None:
+            params["structured_outputs"] = StructuredOutputsParams(regex=grammar)
+        return params
 
 
 SCENARIOS = {
@@ -54,6 +69,28 @@ SCENARIOS = {
     "preempted": Scenario(TREES, tokens=48, options={"num_gpu_blocks_override": 24}),
     "CUDA kernels": Scenario(TREES, requests=3, tokens=10, emulated=True),
 }
+OF_RUNNER_V2 = {
+    "own drafts": Scenario(TREES, planted=False),
+    "own drafts, penalties": Scenario(TREES, PENALTIES, planted=False),
+    "own drafts, chain": Scenario({"tree": "chain"}, planted=False),
+    "own drafts, no head": Scenario(TREES | {"model": "none"}, planted=False),
+    "planted, static": Scenario({"tree": "static"}),
+    "planted, chain": Scenario({"tree": "chain"}),
+    "planted, all kinds": Scenario(
+        TREES, requests=10, others=(SEEDED, PENALTIES, BAD_WORDS, GRAMMAR)
+    ),
+    "planted, synchronous": Scenario(
+        TREES, SEEDED, options={"async_scheduling": False}
+    ),
+    "chunked prefill": Scenario(TREES, options={"max_num_batched_tokens": 48}),
+    "preempted": Scenario(TREES, tokens=48, options={"num_gpu_blocks_override": 24}),
+    "aborted": Scenario(TREES, requests=12, aborted=3, options={"max_num_seqs": 4}),
+    "CUDA kernels": Scenario(TREES, requests=3, tokens=10, emulated=True),
+}
+SCENARIOS |= {
+    f"V2, {name}": dataclasses.replace(scenario, runner="V2")
+    for name, scenario in OF_RUNNER_V2.items()
+}
 
 
 def main(vllm_folder: Path, work: Path) -> None:
@@ -69,33 +106,48 @@ def main(vllm_folder: Path, work: Path) -> None:
 
 
 class Bed:
-    """The plain engine, and those with clover2 by their options."""
+    """The plain engines, and those with clover2 by their options."""
 
     def __init__(self, target: Path, head: Path) -> None:
         from engines import EnginePool
 
         self.target, self.head = target, head
-        self.pool = EnginePool()
-        # On a GPU plain vLLM runs Model Runner V2; its kernels are not stood in for.
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-        self.plain = self._engine(async_scheduling=False)
-        del os.environ["VLLM_USE_V2_MODEL_RUNNER"]
+        self.pools = {"V1": EnginePool(), "V2": EnginePool()}
 
-    def _engine(self, head: Path | None = None, **options: Any) -> Any:
+    def _engine(
+        self, scenario: Scenario, head: Path | None = None, **options: Any
+    ) -> Any:
         options = {"max_model_len": 256, "num_gpu_blocks_override": 64} | options
-        return self.pool.get(self.target, head, **fake_vllm.ENGINE | options)
+        pool = self.pools[scenario.runner]
+        return pool.get(self.target, head, **fake_vllm.ENGINE | options)
 
     def run(self, scenario: Scenario) -> dict[str, Any]:
         from engine_fixtures import random_prompts
-        from engines import first_difference
-        from planting import CommitSpy, Planter, with_truth
 
         requests = [
-            request.replaced(**scenario.params, max_tokens=scenario.tokens)
-            for request in random_prompts(scenario.requests, seed=1, longest=60)
+            request.replaced(**scenario.params_of(number), max_tokens=scenario.tokens)
+            for number, request in enumerate(
+                random_prompts(scenario.requests, seed=1, longest=60)
+            )
         ]
-        expected = self.plain.run(requests)
-        engine = self._engine(self.head, tree=scenario.tree, **scenario.options)
+        v2 = scenario.runner == "V2"
+        with model_runner(v2):
+            # On V1, plain vLLM of a GPU would be asynchronous.
+            asynchronous = {} if v2 else {"async_scheduling": False}
+            plain = self._engine(scenario, **asynchronous)
+            expected = plain.run(requests)
+        with model_runner(v2 or None):
+            return self._beside(scenario, requests, expected)
+
+    def _beside(
+        self, scenario: Scenario, requests: list[Any], expected: list[Any]
+    ) -> dict[str, Any]:
+        from engines import first_difference
+        from planting import CommitSpy, with_truth
+
+        engine = self._engine(
+            scenario, self.head, tree=scenario.tree, **scenario.options
+        )
         spy = CommitSpy()
         with ExitStack() as stack:
             stack.enter_context(emulated_attention(scenario.emulated))
@@ -103,23 +155,73 @@ class Bed:
             if scenario.planted:
                 patch = stack.enter_context(patches())
                 spy.install(patch)
-                chain = scenario.tree.get("tree") == "chain"
-                Planter(7, chain=chain).install(patch)
+                install_planter(scenario, engine, patch)
                 requests = with_truth(requests, expected)
-            outputs = engine.run(requests)
+            outputs = run_aborting(engine, requests, scenario.aborted)
+        pairs = [
+            (place, expected[place], ours)
+            for place, ours in enumerate(outputs)
+            if ours is not None
+        ]
         return {
             "runner": type(engine.runner).__name__,
             "differences": [
                 (place, first_difference(plain.tokens, ours.tokens))
-                for place, (plain, ours) in enumerate(zip(expected, outputs))
+                for place, plain, ours in pairs
                 if plain.tokens != ours.tokens
             ],
-            "tokens": sum(len(output.tokens) for output in outputs),
+            "log-probabilities": max(
+                (
+                    abs(plain.cumulative_logprob - ours.cumulative_logprob)
+                    for _, plain, ours in pairs
+                    if plain.logprobs is not None
+                ),
+                default=0.0,
+            ),
+            "tokens": sum(len(ours.tokens) for _, _, ours in pairs),
             "accepted": spy.accepted,
             "moved": spy.moved,
-            "drafts": dict(engine.runner.drafts.counts),
+            "drafts": engine.runner.stats(),
             **counts,
         }
+
+
+def install_planter(scenario: Scenario, engine: Any, patch: Any) -> None:
+    """Plant what plain vLLM said into the trees of this engine."""
+    from planting import Planter
+
+    planter = Planter(7, chain=scenario.tree.get("tree") == "chain")
+    if scenario.runner == "V1":
+        planter.install(patch)
+    else:
+        from planting_v2 import install
+
+        install(planter, engine.runner, patch)
+
+
+def run_aborting(engine: Any, requests: list[Any], aborted: int) -> list[Any]:
+    """Run all requests, but abort some when they have begun; None for those."""
+    if not aborted:
+        return engine.run(requests)
+    ids = [engine.add(request) for request in requests]
+    outputs: dict[str, Any] = {}
+    for _ in range(4):
+        outputs |= engine.step()
+    engine.abort(*ids[:aborted])
+    while engine.busy:
+        outputs |= engine.step()
+    return [outputs.get(request_id) for request_id in ids]
+
+
+@contextmanager
+def model_runner(v2: bool | None) -> Iterator[None]:
+    """What the user says of Model Runner V2."""
+    if v2 is not None:
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(v2))
+    try:
+        yield
+    finally:
+        os.environ.pop("VLLM_USE_V2_MODEL_RUNNER", None)
 
 
 @contextmanager

@@ -31,7 +31,11 @@ STARTS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "backend without trees": ({"attention_backend": "FLEX_ATTENTION"}, {}, True),
     "head size 32": ({"model": "small"}, {"model": "small-head"}, True),
     "no compiled ops": ({}, {}, True),
-    "runner V2": ({}, {}, False),
+    "V2": ({}, {}, False),
+    "V2, async": ({"async_scheduling": True}, {}, False),
+    "V2, no head": ({}, {"model": "none"}, False),
+    "V2, sampled drafts": ({}, {"draft_sample_method": "probabilistic"}, False),
+    "V2, two replicas": ({"data_parallel_size": 2}, {}, False),
 }
 
 
@@ -54,7 +58,7 @@ def main(vllm_folder: Path, work: Path) -> None:
 
 def start(
     name: str, options: dict[str, Any], head: dict[str, Any], load: bool
-) -> list[str | None] | str:
+) -> list[Any] | str:
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
 
@@ -70,13 +74,16 @@ def start(
     backend = ops.backend
     if name == "no compiled ops":
         ops.backend = lambda _: "reference"
-    if name == "runner V2":
+    if name.startswith("V2"):
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     try:
         if load:
             LLM(**arguments)
             return "started"
         config = EngineArgs(**arguments).create_engine_config()
+        if name.startswith("V2"):
+            runner = config.use_v2_model_runner
+            return [runner, config.scheduler_config.async_scheduling]
         chosen = config.attention_config.backend
         of_draft = config.speculative_config.attention_backend
         return [backend and backend.name for backend in (chosen, of_draft)]

@@ -13,7 +13,11 @@ from vllm_sources import Class, Function, Sources, Thing, own_members
 
 import vllm_clover2.integration
 from vllm_clover2.integration.compat import SUPPORTED_VLLM
-from vllm_clover2.integration.compat.surface import EXPECTED_CONFIG, EXPECTED_WORKER
+from vllm_clover2.integration.compat.surface import (
+    EXPECTED_CONFIG,
+    EXPECTED_WORKER,
+    EXPECTED_WORKER_V2,
+)
 from vllm_clover2.integration.request_sampling import STATES
 
 PACKAGE = Path(vllm_clover2.integration.__file__).parent
@@ -184,11 +188,14 @@ def test_states_of_processors_exist(cls: type, name: str, sources: Sources) -> N
     assert name in sources.members(processor)
 
 
-@pytest.mark.parametrize("path", EXPECTED_CONFIG | EXPECTED_WORKER)
+EXPECTED = EXPECTED_CONFIG | EXPECTED_WORKER | EXPECTED_WORKER_V2
+
+
+@pytest.mark.parametrize("path", EXPECTED)
 def test_parameters_of_what_is_patched(path: str, sources: Sources) -> None:
     found = sources.find(path)
     assert isinstance(found, Function), path
-    assert found.parameters == (EXPECTED_CONFIG | EXPECTED_WORKER)[path]
+    assert found.parameters == EXPECTED[path]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import torch
 from engines import Output, Request
 
 from vllm_clover2 import ops
-from vllm_clover2.integration import runner as runner_module
+from vllm_clover2.integration import step as step_module
 from vllm_clover2.integration.drafting import Drafting, FinishedStep
 from vllm_clover2.integration.runner import Clover2RunnerMixin
 from vllm_clover2.tree.chooser import Plan
@@ -96,14 +96,7 @@ class Planter:
             request = runner.requests[request_id]
             truth = (request.sampling_params.extra_args or {}).get(TRUTH, [])
             trees.append(self.tree(truth[len(request.output_token_ids) :], max_nodes))
-        sizes = torch.tensor([len(tokens) for tokens, _ in trees], dtype=torch.int32)
-        tokens = _padded([tokens for tokens, _ in trees], max_nodes, NO_TOKEN)
-        parents = _padded([parents for _, parents in trees], max_nodes, 0).int()
-        depths = torch.ones_like(parents)  # nobody asks
-        joint = torch.zeros_like(tokens, dtype=torch.float32)
-        joint[tokens == NO_TOKEN] = -torch.inf
-        sources = torch.full_like(tokens, Source.HEAD, dtype=torch.int8)
-        return GrownTrees(tokens, parents, depths, joint, sizes, sources)
+        return padded_trees(trees, max_nodes)
 
     def install(self, patch: Any) -> None:
         """Replace the trees, and the choice of sizes, in every engine of this process.
@@ -189,7 +182,7 @@ class CommitSpy:
         spy, stock = self, ops.commit_kv
 
         class Ops:
-            """``ops`` as the runner sees it, with our ``commit_kv``."""
+            """``ops`` as a step sees it, with our ``commit_kv``."""
 
             def __getattr__(self, name: str) -> Any:
                 return getattr(ops, name)
@@ -205,10 +198,11 @@ class CommitSpy:
             ) -> None:
                 spy.paths.update(lengths.tolist())
                 in_place = torch.arange(1, paths.shape[1] + 1, device=paths.device)
-                spy.moved += int(((paths >= 0) & (paths != in_place)).sum())
+                on_path = in_place <= lengths[:, None]
+                spy.moved += int((on_path & (paths != in_place)).sum())
                 stock(caches, layout, block_table, prefix_lens, paths, lengths)
 
-        patch(runner_module, "ops", Ops())
+        patch(step_module, "ops", Ops())
 
 
 class PlantedWorker:
@@ -222,6 +216,21 @@ class PlantedWorker:
     def planted_commits(self) -> tuple[int, int]:
         """Rows accepted, and rows moved."""
         return self._planted_commits.accepted, self._planted_commits.moved
+
+
+def padded_trees(
+    trees: list[tuple[list[int], list[int]]],  # tokens and parents of each
+    max_nodes: int,
+) -> GrownTrees:
+    """The trees as a head would return them."""
+    sizes = torch.tensor([len(tokens) for tokens, _ in trees], dtype=torch.int32)
+    tokens = _padded([tokens for tokens, _ in trees], max_nodes, NO_TOKEN)
+    parents = _padded([parents for _, parents in trees], max_nodes, 0).int()
+    depths = (tokens != NO_TOKEN).int()  # not the levels: nobody asks
+    joint = torch.zeros_like(tokens, dtype=torch.float32)
+    joint[tokens == NO_TOKEN] = -torch.inf
+    sources = torch.full_like(tokens, Source.HEAD, dtype=torch.int8)
+    return GrownTrees(tokens, parents, depths, joint, sizes, sources)
 
 
 def _padded(rows: list[list[int]], width: int, fill: int) -> torch.Tensor:

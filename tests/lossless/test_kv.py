@@ -14,7 +14,7 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 
 from vllm_clover2 import ops
-from vllm_clover2.integration import runner as runner_module
+from vllm_clover2.integration import step as step_module
 from vllm_clover2.integration.attention import kv_layout
 from vllm_clover2.model import DraftCache
 from vllm_clover2.model.weights import load_head
@@ -147,7 +147,7 @@ def test_without_commit_the_text_differs(
         def commit_kv(self, *args: object) -> None:
             pass
 
-    monkeypatch.setattr(runner_module, "ops", OpsWithoutCommit())
+    monkeypatch.setattr(step_module, "ops", OpsWithoutCommit())
     requests = random_prompts(8, seed=71)
     expected = baseline(requests)
     # Without prefix caching: the wrong blocks must not reach other tests.

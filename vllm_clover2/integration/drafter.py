@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 
 from vllm_clover2.tree.options import TreeOptions
 from vllm_clover2.tree.step_cost import StepCost
-from vllm_clover2.tree.types import MAX_ROWS, GrownTrees
+from vllm_clover2.tree.types import MAX_ROWS
 
 _MEASURED_ROWS = tuple(2**n for n in range(11))
 _LONG_PASS = 0.1
@@ -106,18 +106,6 @@ class Drafter:
         } | self.named_parts()
         seconds = median_seconds(list(parts.values()), rounds=9)
         return dict(zip(parts, seconds, strict=True))
-
-    def of_first_rank(self, trees: GrownTrees) -> GrownTrees:
-        """The trees of tensor-parallel rank 0.
-
-        The scheduler tells every rank the drafted tokens but not their parents, and
-        the last bit of an all-reduce may differ between ranks; a tie broken
-        differently would give them different trees.
-        """
-        group = get_tp_group()
-        if group.world_size == 1:
-            return trees
-        return GrownTrees(*(group.broadcast(part.contiguous()) for part in trees))
 
 
 class ContextDrafter(Drafter):

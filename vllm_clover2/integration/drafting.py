@@ -20,6 +20,7 @@ from vllm_clover2.integration.backlog import CommittedRows, HiddenBacklog
 from vllm_clover2.integration.drafter import Drafter
 from vllm_clover2.integration.proposer import Clover2Proposer
 from vllm_clover2.integration.stats import LEVELS, PREDICTED_RATIO, WorkerStats
+from vllm_clover2.integration.step import of_first_rank
 from vllm_clover2.tree.chooser import Chooser, Plan
 from vllm_clover2.tree.context import ContextCandidates, ContextWalk
 from vllm_clover2.tree.grower import Growth, TreeGrower
@@ -248,7 +249,7 @@ class Drafting:
             self.held_back = int((could & (sizes == 0)).sum())
             kept = np.arange(joint.shape[1]) < sizes[:, None]
             self._expected.update(zip(ids, (joint * kept).sum(axis=1).tolist()))
-        return self.drafter.of_first_rank(trees)
+        return of_first_rank(trees)
 
     def _learn(self, step: FinishedStep) -> None:
         """Calibrate by how the texts of the last step went on."""

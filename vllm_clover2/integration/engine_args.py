@@ -14,6 +14,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm_clover2.heads import NO_HEAD, local_folder
 from vllm_clover2.integration.speculative_config import (
     Clover2SpeculativeConfig,
+    asks_for_runner_v2,
     head_for,
 )
 from vllm_clover2.model.head_files import check_head
@@ -22,17 +23,18 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 def refuse_async_scheduling(args: Any) -> None:
-    """Raise if asynchronous scheduling was asked for explicitly.
+    """Raise if asynchronous scheduling was asked for on Model Runner V1.
 
     Raises:
         ValueError: says why and what to do.
 
     """
-    if args.async_scheduling:
+    if args.async_scheduling and not asks_for_runner_v2():
         raise ValueError(
-            "clover2 does not support asynchronous scheduling: the rows of a step "
-            "follow from what the step before accepted. Leave async_scheduling unset, "
-            "or pass --no-async-scheduling."
+            "clover2 does not support asynchronous scheduling on Model Runner V1: the "
+            "rows of a step follow from what the step before accepted. Leave "
+            "async_scheduling unset, pass --no-async-scheduling, or on a GPU set "
+            "VLLM_USE_V2_MODEL_RUNNER=1."
         )
 
 

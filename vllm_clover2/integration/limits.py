@@ -5,6 +5,7 @@ What only the loaded target shows is in ``layer_limits``.
 """
 
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_clover2.integration.compat import DOCTOR_HINT
@@ -20,6 +21,8 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
     reasons = _method_limits(vllm_config)
     if vllm_config.speculative_config.tree_options().tree != "chain":
         reasons += _tree_limits(vllm_config)
+    if vllm_config.use_v2_model_runner:
+        reasons += _runner_v2_limits(vllm_config)
     refuse(reasons)
 
 
@@ -79,6 +82,30 @@ def _tree_limits(vllm_config: VllmConfig) -> list[str]:
         "sliding-window attention with trees: the window would have to follow depths; "
         'use "tree": "chain"': (
             vllm_config.model_config.get_sliding_window() is not None
+        ),
+    }
+    return [reason for reason, found in limits.items() if found]
+
+
+def _runner_v2_limits(vllm_config: VllmConfig) -> list[str]:
+    """What Model Runner V1 can be combined with but V2 cannot."""
+    speculative, parallel = vllm_config.speculative_config, vllm_config.parallel_config
+    v1 = "unset VLLM_USE_V2_MODEL_RUNNER"
+    limits = {
+        f"Model Runner V2 without CUDA; {v1}": not current_platform.is_cuda(),
+        f"data parallelism on Model Runner V2; {v1}": parallel.data_parallel_size > 1,
+        "batch-sharded sampling: each rank would know the accepted rows of its own "
+        "requests only; remove enable_batch_sharded_sampling": (
+            parallel.enable_batch_sharded_sampling
+        ),
+        "sampling masks on Model Runner V2: they would be those of other rows; remove "
+        "return_sampling_mask": vllm_config.model_config.return_sampling_mask,
+        "adaptive verification: it chooses by another drafter's confidences; remove "
+        "enable_adaptive_verification": speculative.enable_adaptive_verification,
+        "drafts that are sampled: clover2's trees are not; remove draft_sample_method "
+        "and rejection_sample_method": (
+            speculative.draft_sample_method != "greedy"
+            or speculative.rejection_sample_method != "standard"
         ),
     }
     return [reason for reason, found in limits.items() if found]

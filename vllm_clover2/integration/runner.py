@@ -18,8 +18,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from vllm_clover2 import ops
-from vllm_clover2.integration import layer_limits, stats
-from vllm_clover2.integration.attention import kv_layout
+from vllm_clover2.integration import layer_limits, stats, step
 from vllm_clover2.integration.backlog import CommittedRows
 from vllm_clover2.integration.compat import patches, surface
 from vllm_clover2.integration.drafting import Drafting, FinishedStep
@@ -112,6 +111,22 @@ class Clover2RunnerMixin:
         """Seconds of the parts of one request's step, measured now."""
         return self.drafter.measure_parts(self._pass_rows)
 
+    def counts(self) -> dict[str, int]:
+        """See ``Clover2WorkerMixin.clover2_stats``."""
+        return dict(self.stats.counts)
+
+    def step_milliseconds(self) -> dict[int, float]:
+        """See ``Clover2WorkerMixin.clover2_step_milliseconds``."""
+        chooser = self.drafting.chooser
+        if chooser is None:
+            return {}
+        rows = (1, 2, 4, 8, 16, 26, 32, 61, 64, 128, 256)
+        return {
+            n: 1e3 * chooser.cost.seconds(Work(n, 0, 0))
+            for n in rows
+            if n <= chooser.cost.max_rows
+        }
+
     def _pass_rows(self, num_rows: int) -> None:
         """Run the target over so many rows, output head included, without KV."""
         tokens, embeddings = self.input_ids.gpu[:num_rows], None
@@ -168,12 +183,12 @@ class Clover2RunnerMixin:
         return prepared
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        per_layer, step = super()._build_attention_metadata(*args, **kwargs)
-        if self._batch is not None and step is not None:
-            trees = self._batch.tree_rows(step.block_table_tensor)
+        per_layer, common = super()._build_attention_metadata(*args, **kwargs)
+        if self._batch is not None and common is not None:
+            trees = self._batch.tree_rows(common.block_table_tensor)
             for metadata in {id(m): m for m in per_layer.values()}.values():
                 metadata.clover2_trees = trees
-        return per_layer, step
+        return per_layer, common
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         output = super().sample_tokens(*args, **kwargs)
@@ -190,25 +205,17 @@ class Clover2RunnerMixin:
             batch,
             self.discard_request_mask.np[:num_reqs],
         )
-        self._commit(batch, self._accepted)
+        if len(batch.tree_requests):
+            step.commit(
+                self._target_layers,
+                self._draft_blocks.get_device_tensor(num_reqs),
+                torch.from_numpy(batch.root_positions).to(
+                    self.device, non_blocking=True
+                ),
+                self._accepted.paths,
+                self._accepted.lengths,
+            )
         return self._accepted.output
-
-    def _commit(self, batch: VerifyBatch, accepted: AcceptedPaths) -> None:
-        """Move accepted rows to where decoding one by one would have put them.
-
-        Must be done in the step that accepts: the scheduler hashes these slots for
-        prefix caching, or frees them, before the next one.
-        """
-        if not len(batch.tree_requests):
-            return
-        ops.commit_kv(
-            [layer.kv_cache for layer in self._target_layers],
-            kv_layout(self._target_layers[0]),
-            self._draft_blocks.get_device_tensor(batch.num_requests),
-            torch.from_numpy(batch.root_positions).to(self.device, non_blocking=True),
-            accepted.paths,
-            accepted.lengths,
-        )
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
         # For a request in the middle of its prompt the stock method rewinds the
@@ -242,19 +249,21 @@ class Clover2RunnerMixin:
         if self._batch.max_depth:
             self.stats.observe(stats.VERIFICATION_SECONDS, verified_after)
         before_norm = aux_hidden_states[0] if aux_hidden_states else None
-        step = self._finished_step(sampled_token_ids, before_norm, common_attn_metadata)
+        finished = self._finished_step(
+            sampled_token_ids, before_norm, common_attn_metadata
+        )
         self._batch = self._accepted = None
         max_nodes = scheduler_output.num_spec_tokens_to_schedule
-        may_draft = len(step.drafted)
+        may_draft = len(finished.drafted)
         if not max_nodes:  # by vLLM's own table, for so many requests
-            step = dataclasses.replace(step, drafted=[])
-        grown = self.drafting.draft(step)
+            finished = dataclasses.replace(finished, drafted=[])
+        grown = self.drafting.draft(finished)
         held_back = self.drafting.held_back if max_nodes else may_draft
         proposals: list[list[int]] = [[] for _ in sampled_token_ids]
         sizes = grown.sizes.clamp(max=max_nodes).tolist()
         tokens, parents = grown.tokens.tolist(), grown.parents.cpu().numpy()
         sources = grown.sources.cpu().numpy()
-        for row, request in enumerate(step.drafted):
+        for row, request in enumerate(finished.drafted):
             size = sizes[row]
             proposals[request] = self._remember(
                 self.input_batch.req_ids[request],
@@ -401,16 +410,15 @@ class Clover2RunnerMixin:
         requests = np.repeat(np.arange(num_reqs), counts)
         ends = np.cumsum(counts)
         within = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
-        rows = starts[requests] + within
-        step = within - upto_root[requests]  # 0.. for accepted nodes, else negative
-        accepted_rows = step >= 0
-        of_node = requests[accepted_rows]
-        rows[accepted_rows] = (
-            batch.root_query_rows[of_node] + paths[of_node, step[accepted_rows]]
+        rows = step.rows_of_text(
+            *map(
+                torch.from_numpy,
+                (requests, within, starts, batch.root_query_rows, paths),
+            )
         )
         positions = first_positions[requests].astype(np.int64) + within
         next_tokens = self.input_batch.token_ids_cpu[requests, positions + 1]
-        on_device = torch.from_numpy(rows).to(hidden_states.device, non_blocking=True)
+        on_device = rows.to(hidden_states.device, non_blocking=True)
         return CommittedRows(
             hidden_states[on_device],
             requests,
@@ -435,7 +443,7 @@ class Clover2WorkerMixin:
         levels grown, and why some requests got less than a tree. For
         ``LLM.collective_rpc("clover2_stats")``.
         """
-        return dict(self.model_runner.stats.counts)
+        return self.model_runner.counts()
 
     def clover2_step_milliseconds(self) -> dict[int, float]:
         """Time of a step by its rows, measured at start and learned since.
@@ -443,15 +451,7 @@ class Clover2WorkerMixin:
         Empty where trees are not adaptive. For
         ``LLM.collective_rpc("clover2_step_milliseconds")``.
         """
-        chooser = self.model_runner.drafting.chooser
-        if chooser is None:
-            return {}
-        rows = (1, 2, 4, 8, 16, 26, 32, 61, 64, 128, 256)
-        return {
-            n: 1e3 * chooser.cost.seconds(Work(n, 0, 0))
-            for n in rows
-            if n <= chooser.cost.max_rows
-        }
+        return self.model_runner.step_milliseconds()
 
     def clover2_part_milliseconds(self) -> dict[str, float]:
         """Times of the parts of one request's step, measured by this call.

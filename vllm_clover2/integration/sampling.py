@@ -17,8 +17,8 @@ import torch
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.sampler import Sampler
 
-from vllm_clover2 import ops
 from vllm_clover2.integration.request_sampling import RequestSampling
+from vllm_clover2.integration.step import accept
 from vllm_clover2.integration.verify import VerifyBatch
 from vllm_clover2.tree.types import NO_TOKEN
 from vllm_clover2.tree.walk import first_matching_child, request_of_row
@@ -76,13 +76,9 @@ def _accept_argmax(
             picks[index] = sampler.greedy_sample(logits[index].float()).long()
     else:
         picks = sampler.greedy_sample(logits.float()).long()
-    paths, lengths, _ = ops.tree_accept(
+    tokens, paths, lengths = accept(
         picks, trees.tokens, trees.parents, trees.row_offsets, batch.max_depth
     )
-    # Picks after the root and after every accepted row are the emitted tokens.
-    visited = torch.cat([torch.zeros_like(lengths)[:, None], paths], dim=1)
-    flat = visited.clamp(min=0) + trees.row_offsets[:-1, None]
-    tokens = torch.where(visited < 0, NO_TOKEN, picks[flat.long()])
     tokens = tokens.clamp(min=NO_TOKEN).int()
     return AcceptedPaths(SamplerOutput(tokens, None), paths, lengths)
 

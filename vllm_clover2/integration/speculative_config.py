@@ -7,6 +7,7 @@ plugins are loaded there; it must not import workers, runners or models.
 
 from typing import Any, Literal
 
+import vllm.envs as envs
 from pydantic import ValidationError
 from vllm.config import ModelConfig
 from vllm.config.speculative import SpeculativeConfig
@@ -29,6 +30,11 @@ def head_for(target: ModelConfig) -> str:
     head = str(find_head(target.model, target.hf_config))
     logger.info("clover2: using the draft head %s for %s", head, target.model)
     return head
+
+
+def asks_for_runner_v2() -> bool:
+    """Whether the user set ``VLLM_USE_V2_MODEL_RUNNER=1``; else clover2 runs on V1."""
+    return envs.VLLM_USE_V2_MODEL_RUNNER is True
 
 
 @config
@@ -67,8 +73,8 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
     def __post_init__(self) -> Any:
         self._check_there_is_a_source()
         self.num_speculative_tokens = self.tree_options().num_nodes
-        # Trees differ in size, and the drafter needs the accepted path on the host.
-        self.disable_padded_drafter_batch = True
+        # On Model Runner V1 the drafter needs the accepted path on the host.
+        self.disable_padded_drafter_batch = not asks_for_runner_v2()
         # The stock constructor knows a closed set of methods. "eagle" (rather than
         # "draft_model") keeps it from guessing a method from the directory's name;
         # "ngram" takes the target's config in place of a draft model's.

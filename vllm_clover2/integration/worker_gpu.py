@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's CUDA worker with our model runner (Model Runner V1)."""
+"""vLLM's CUDA worker with our model runners."""
+
+from typing import Any
 
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
@@ -15,6 +17,11 @@ class Clover2GPUModelRunner(Clover2RunnerMixin, GPUModelRunner):
 class Clover2GPUWorker(Clover2WorkerMixin, Worker):
     """``Worker`` that builds our model runner."""
 
-    def _make_model_runner(self) -> GPUModelRunner:
+    def _make_model_runner(self) -> Any:
         register_tree_backends()
+        if self.use_v2_model_runner:
+            # Not at the top: its modules need Triton.
+            from vllm_clover2.integration.v2.runner import Clover2ModelRunner
+
+            return Clover2ModelRunner(self.vllm_config, self.device)
         return Clover2GPUModelRunner(self.vllm_config, self.device)

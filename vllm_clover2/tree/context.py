@@ -141,6 +141,10 @@ class Calibration:
                 for shares in (ones, PRIOR_ALONE, ones, PRIOR_BESIDE)
             ]
         )
+        self._bounds = [
+            torch.tensor(bounds, dtype=torch.float32, device=device)
+            for bounds in (_MATCH_BOUNDS, _SHARE_BOUNDS, _PLACES_BOUNDS)
+        ]
         self._alone = self._beside = torch.empty(0)
         self._update()
 
@@ -154,19 +158,19 @@ class Calibration:
         parents = nodes.parents.long()
         device = parents.device
 
-        def bucket(values: torch.Tensor, bounds: tuple[float, ...]) -> torch.Tensor:
-            limits = torch.tensor(bounds, dtype=torch.float32, device=device)
-            return torch.bucketize(values.float(), limits, right=True)
+        def bucket(values: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+            return torch.bucketize(values.float(), bounds, right=True)
 
+        match, share, places = self._bounds
         rows = torch.zeros(
             len(parents), parents.shape[1] + 1, dtype=torch.int32, device=device
         )
         siblings = rows.scatter_add(1, parents, nodes.places).gather(1, parents)
         longest = rows.scatter_reduce(1, parents, nodes.matches, "amax")
         properties = (
-            bucket(nodes.matches + nodes.depths - 1, _MATCH_BOUNDS),
-            bucket(nodes.places / siblings.clamp(min=1), _SHARE_BOUNDS),
-            bucket(nodes.places, _PLACES_BOUNDS),
+            bucket(nodes.matches + nodes.depths - 1, match),
+            bucket(nodes.places / siblings.clamp(min=1), share),
+            bucket(nodes.places, places),
             (nodes.matches < longest.gather(1, parents)).long(),
         )
         cell = torch.zeros_like(parents)
@@ -202,17 +206,10 @@ class Calibration:
             beside,
             torch.where(beside & hit, walk.credit, 0.0),
         )
-        seen = torch.stack(
-            [
-                torch.bincount(
-                    walk.cells.flatten(),
-                    weights=column.flatten().double(),
-                    minlength=_CELLS,
-                )
-                for column in columns
-            ]
-        )
-        self._counts += seen
+        # Not bincount: on a GPU it waits for the largest value.
+        seen = torch.stack([column.flatten().double() for column in columns])
+        cells = walk.cells.flatten().expand_as(seen)
+        self._counts.scatter_add_(1, cells, seen)
         for trials in (0, 2):
             fade = (_MAX_TRIALS / self._counts[trials]).clamp(max=1.0)
             self._counts[trials : trials + 2] *= fade

@@ -24,9 +24,11 @@ class Growth(NamedTuple):
 class TreeGrower:
     """Grows the trees that some options ask for and learns how far to trust a text."""
 
-    def __init__(self, options: TreeOptions) -> None:
+    def __init__(
+        self, options: TreeOptions, device: torch.device | str = "cpu"
+    ) -> None:
         self.options = options
-        self.calibration = Calibration()
+        self.calibration = Calibration(device)
         self._shape = options.static_shape() if options.has_fixed_shape else None
 
     def grow(

@@ -20,7 +20,9 @@ def depths_and_ancestors(
     >>> depths.tolist(), [f"{word:04b}" for word in ancestors.tolist()]
     ([0, 1, 2, 1], ['0001', '0011', '0111', '1001'])
     """
-    first_row = torch.repeat_interleave(row_offsets[:-1], row_offsets.diff().long())
+    first_row = torch.repeat_interleave(
+        row_offsets[:-1], row_offsets.diff().long(), output_size=parents.numel()
+    )
     row = torch.arange(parents.numel(), device=parents.device) - first_row
     ancestors = torch.ones_like(row, dtype=torch.int64) << row
     depths = (parents >= 0).int()

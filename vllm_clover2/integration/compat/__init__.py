@@ -14,7 +14,9 @@ What changed for us from 0.32 to 0.33:
   of at most ``num_speculative_tokens`` is refused by vLLM 0.33.
 - Explicit ``async_scheduling`` is refused in other words; ours come first.
 - Blocks are hashed together with the token after them, and cached in the step that
-  accepts: ``_commit`` must not be put off to the next step.
+  accepts: ``step.commit`` must not be put off to the next step.
+- Model Runner V2 schedules asynchronously whatever the method is called; 0.32 has a
+  list of names (``patches.named_for_async``).
 """
 
 import functools

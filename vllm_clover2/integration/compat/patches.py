@@ -25,7 +25,7 @@ def install() -> None:
     _accept_method_in_engine_args()
     _refuse_unsupported_engine_configs()
     _extend_command_line()
-    _keep_model_runner_v1()
+    _choose_model_runner_v1()
     _export_metrics()
     _accept_sampling_parameters()
 
@@ -71,6 +71,7 @@ def _accept_method_in_engine_args() -> None:
         from vllm_clover2.integration.compat import surface
         from vllm_clover2.integration.speculative_config import (
             Clover2SpeculativeConfig,
+            asks_for_runner_v2,
         )
 
         surface.check_signatures(surface.EXPECTED_CONFIG)
@@ -91,6 +92,9 @@ def _accept_method_in_engine_args() -> None:
 
             is_cpu = current_platform.is_cpu()
             target_parallel_config.worker_cls = CPU_WORKER if is_cpu else GPU_WORKER
+        if asks_for_runner_v2():
+            # Until the whole configuration is made, see `named_for_async`.
+            config.method = _name_for_async(config)
         return config
 
     arg_utils.EngineArgs.create_speculative_config = create_speculative_config
@@ -110,6 +114,7 @@ def _refuse_unsupported_engine_configs() -> None:
         if _uses_clover2(vllm_config):
             from vllm_clover2.integration.limits import refuse_unsupported
 
+            vllm_config.speculative_config.method = METHOD
             refuse_unsupported(vllm_config)
         return vllm_config
 
@@ -172,11 +177,12 @@ def _extend_command_line() -> None:
     EngineArgs.add_cli_args = staticmethod(add_cli_args)
 
 
-def _keep_model_runner_v1() -> None:
+def _choose_model_runner_v1() -> None:
     """Patch ``VllmConfig._get_v2_model_runner_unsupported_features``.
 
-    Model Runner V2 would take a method with ``use_eagle()`` for EAGLE and draft a
-    chain with its own speculator. Goes away with our own V2 route.
+    Where there is Triton vLLM prefers Model Runner V2 unless a feature is on this list;
+    ours is chosen by ``VLLM_USE_V2_MODEL_RUNNER=1``. Goes away when it does all that
+    the route on V1 does.
     """
     from vllm.config.vllm import VllmConfig
 
@@ -184,8 +190,10 @@ def _keep_model_runner_v1() -> None:
 
     @functools.wraps(stock)
     def unsupported_features(self: Any) -> list[str]:
+        from vllm_clover2.integration.speculative_config import asks_for_runner_v2
+
         features = stock(self)
-        if _uses_clover2(self):
+        if _uses_clover2(self) and not asks_for_runner_v2():
             features.append(f"speculative method '{METHOD}'")
         return features
 
@@ -229,7 +237,8 @@ def _accept_sampling_parameters() -> None:
     """Patch ``SamplingParams._validate_spec_decode``.
 
     It refuses ``min_p`` and ``logit_bias`` with any speculation, because vLLM's
-    rejection sampler does not know them. Ours calls the stock sampler for every token.
+    rejection sampler does not know them. Ours on Model Runner V1 calls the stock
+    sampler for every token.
     """
     from vllm.sampling_params import SamplingParams
 
@@ -237,7 +246,10 @@ def _accept_sampling_parameters() -> None:
 
     @functools.wraps(stock)
     def validate_spec_decode(self: Any, speculative_config: Any) -> None:
-        if speculative_config is None or speculative_config.method != METHOD:
+        from vllm_clover2.integration.speculative_config import asks_for_runner_v2
+
+        method = getattr(speculative_config, "method", None)
+        if method != METHOD or asks_for_runner_v2():
             stock(self, speculative_config)
 
     SamplingParams._validate_spec_decode = validate_spec_decode
@@ -265,6 +277,24 @@ def all_logits_processors() -> Iterator[None]:
         yield
     finally:
         gpu_model_runner.build_logitsprocs = stock
+
+
+@contextlib.contextmanager
+def named_for_async(speculative: Any) -> Iterator[None]:
+    """Give the method a name with which vLLM 0.32 schedules asynchronously.
+
+    ``VllmConfig.__post_init__`` has a closed list; 0.33 asks on Model Runner V1 only.
+    Goes away with 0.32.
+    """
+    speculative.method = _name_for_async(speculative)
+    try:
+        yield
+    finally:
+        speculative.method = METHOD
+
+
+def _name_for_async(speculative: Any) -> str:
+    return "eagle" if speculative.has_head else "ngram_gpu"
 
 
 @contextlib.contextmanager
@@ -299,5 +329,8 @@ def forget_selected_backends() -> None:
 
 
 def _uses_clover2(vllm_config: Any) -> bool:
-    speculative = vllm_config.speculative_config
-    return speculative is not None and speculative.method == METHOD
+    if vllm_config.speculative_config is None:
+        return False
+    from vllm_clover2.integration.speculative_config import Clover2SpeculativeConfig
+
+    return isinstance(vllm_config.speculative_config, Clover2SpeculativeConfig)

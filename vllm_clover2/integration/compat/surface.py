@@ -84,6 +84,44 @@ EXPECTED_WORKER = {
 }
 """Used in a worker; importing these elsewhere would be costly or have side effects."""
 
+_V2 = "vllm.v1.worker.gpu"
+EXPECTED_WORKER_V2 = {
+    f"{_V2}.model_runner:init_speculator": "vllm_config device req_states",
+    f"{_V2}.model_runner:init_model_state": "vllm_config model encoder_cache device",
+    f"{_V2}.model_states.default:DefaultModelState.add_request": (
+        "self req_index new_req_data"
+    ),
+    f"{_V2}.model_states.default:DefaultModelState.prepare_inputs": (
+        "self input_batch req_states"
+    ),
+    f"{_V2}.model_states.default:DefaultModelState.prepare_dummy_inputs": (
+        "self num_reqs num_tokens"
+    ),
+    f"{_V2}.model_states.default:DefaultModelState.postprocess_state": (
+        "self idx_mapping num_sampled num_computed_tokens"
+    ),
+    f"{_V2}.model_states.default:DefaultModelState.initialize_kv_cache": (
+        "self kv_cache_config block_tables"
+    ),
+    f"{_V2}.spec_decode.rejection_sampler:RejectionSampler._verify": (
+        "self logits draft_logits draft_sampled pos cu_num_logits idx_mapping "
+        "idx_mapping_np expanded_idx_mapping expanded_local_pos "
+        "seq_lens_upper_bound_np verify_draft_sampled"
+    ),
+    f"{_V2}.spec_decode.rejection_sampler:RejectionSampler._get_logprobs_tensors": (
+        "self sampled num_sampled logits cu_num_logits cu_num_logits_np "
+        "max_num_logprobs"
+    ),
+    f"{_V2}.sample.sampler:Sampler.apply_sampling_params": (
+        "self logits expanded_idx_mapping idx_mapping idx_mapping_np pos input_ids "
+        "expanded_local_pos seq_lens_upper_bound_np skip_top_k_top_p"
+    ),
+    f"{_V2}.block_table:BlockTables.compute_slot_mappings": (
+        "self idx_mapping query_start_loc positions num_tokens_padded out"
+    ),
+}
+"""The same for Model Runner V2."""
+
 
 def check_signatures(expected: dict[str, str]) -> None:
     """Raise if a callable of vLLM no longer has the parameters we rely on.

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of the route on Model Runner V2, whose tensors may as well be the CPU's."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+from vllm_clover2.integration.step import rows_of_text
+from vllm_clover2.integration.v2.context import DeviceContext
+from vllm_clover2.integration.v2.drafting import reads_drafts_as_text
+from vllm_clover2.integration.v2.trees import DeviceTrees
+from vllm_clover2.tree.candidates import CandidatePool
+from vllm_clover2.tree.context import Calibration, ContextLimits
+from vllm_clover2.tree.types import GrownTrees, TreeBatch
+
+# Two trees, the first as drawn (in brackets the rows), the second of one node.
+#
+#     root - 5 (1) - 7 (3) - 9 (4)
+#         \- 6 (2)
+TOKENS = torch.tensor([[5, 6, 7, 9], [8, -1, -1, -1]])
+PARENTS = torch.tensor([[0, 0, 1, 3], [0, 0, 0, 0]], dtype=torch.int32)
+DEPTHS = torch.tensor([[1, 1, 2, 3], [1, 0, 0, 0]], dtype=torch.int32)
+SIZES = torch.tensor([4, 1], dtype=torch.int32)
+TREES = GrownTrees(
+    TOKENS,
+    PARENTS,
+    DEPTHS,
+    torch.zeros(2, 4),
+    SIZES,
+    torch.zeros(2, 4, dtype=torch.int8),
+)
+SLOTS = torch.tensor([3, 1])
+
+
+def all_rows(trees: DeviceTrees) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slot and number of every row of both requests."""
+    numbers = torch.arange(1 + trees.num_nodes).repeat(2)
+    slots = SLOTS.repeat_interleave(1 + trees.num_nodes)
+    return slots, numbers
+
+
+def test_trees_are_kept_by_slot() -> None:
+    trees = DeviceTrees(5, num_nodes=6, max_depth=3, device=torch.device("cpu"))
+    tokens = trees.put(SLOTS, TREES)
+    assert tokens.tolist() == [[5, 6, 7, 9, 0, 0], [8, 0, 0, 0, 0, 0]]
+    rows = trees.rows(*all_rows(trees))
+    expected = TreeBatch.from_padded(TOKENS, PARENTS, SIZES)
+    drafted = rows.drafted.view(2, 7)
+    assert drafted.sum(dim=1).tolist() == SIZES.tolist()
+    known = drafted.clone()
+    known[:, 0] = True
+    known = known.flatten()
+    assert torch.equal(rows.parents[known], expected.parents)
+    assert torch.equal(rows.depths[known], expected.depths)
+    assert torch.equal(rows.ancestors[known], expected.ancestors)
+    # Padding sees the root and itself: what it computes is finite.
+    assert rows.parents[~known].unique().tolist() == [0]
+    assert rows.ancestors.view(2, 7)[1].tolist() == [
+        1,
+        *(1 + 2**n for n in range(1, 7)),
+    ]
+
+
+def test_some_requests_get_chains() -> None:
+    trees = DeviceTrees(5, num_nodes=4, max_depth=3, device=torch.device("cpu"))
+    tokens = trees.put(SLOTS, TREES, chains=torch.tensor([True, False]))
+    assert tokens.tolist() == [[5, 7, 9, 0], [8, 0, 0, 0]]
+    rows = trees.rows(*all_rows(trees))
+    assert rows.parents.view(2, 5)[0].tolist() == [-1, 0, 1, 2, 0]
+    assert rows.drafted.view(2, 5).sum(dim=1).tolist() == [3, 1]
+
+
+def test_a_slot_without_a_tree_has_a_root() -> None:
+    trees = DeviceTrees(2, num_nodes=2, max_depth=1, device=torch.device("cpu"))
+    rows = trees.rows(torch.tensor([0]), torch.tensor([0]))
+    assert [part.tolist() for part in rows] == [[-1], [0], [1], [False]]
+
+
+def test_rows_of_text() -> None:
+    """A request in its prompt, and one with nodes 2 and 5 of its tree accepted."""
+    requests = torch.tensor([0, 0, 0, 1, 1, 1, 1])
+    places = torch.tensor([0, 1, 2, 0, 1, 2, 3])
+    rows = rows_of_text(
+        requests,
+        places,
+        first_rows=torch.tensor([10, 20]),
+        root_rows=torch.tensor([12, 20]),
+        paths=torch.tensor([[-1, -1, -1], [2, 5, -1]], dtype=torch.int32),
+    )
+    assert rows.tolist() == [10, 11, 12, 20, 22, 25, 20]
+
+
+def test_rows_of_text_without_trees() -> None:
+    rows = rows_of_text(
+        torch.tensor([0, 1]),
+        torch.tensor([0, 0]),
+        first_rows=torch.tensor([0, 1]),
+        root_rows=torch.tensor([0, 1]),
+        paths=torch.empty(2, 0, dtype=torch.int32),
+    )
+    assert rows.tolist() == [0, 1]
+
+
+def device_context(texts: list[list[int]]) -> tuple[DeviceContext, Any, Calibration]:
+    """A source over texts by slot, the tables of the runner, and what it learns."""
+    width = 64
+    states = SimpleNamespace(
+        max_num_reqs=len(texts),
+        all_token_ids=SimpleNamespace(
+            gpu=torch.tensor([t + [0] * (width - len(t)) for t in texts]).int()
+        ),
+        total_len=SimpleNamespace(gpu=torch.tensor([len(t) for t in texts]).int()),
+    )
+    calibration = Calibration()
+    device = torch.device("cpu")
+    context = DeviceContext(ContextLimits(), calibration, states, device)
+    return context, states, calibration
+
+
+def offer(context: DeviceContext, slots: list[int], emitted: list[int]) -> Any:
+    """One step: what may follow in these texts, which went on by so many tokens."""
+    at = torch.tensor(slots)
+    candidates = context.candidates(at, torch.tensor(emitted, dtype=torch.int32))
+    pool = CandidatePool(candidates)
+    context.remember(at, pool.walk())
+    return candidates
+
+
+def test_texts_are_learned_from() -> None:
+    """As the host does it, with the tokens that followed."""
+    texts = [[7, 8, 9, 7], [1, 2, 3, 4], [5, 6, 5]]
+    context, states, calibration = device_context(texts)
+    offered = offer(context, [2, 0], [1, 1])
+    assert offered.nodes.tokens[:, :2].tolist() == [[6, 5], [8, 9]]
+
+    expected = Calibration()
+    walk = CandidatePool(offered).walk()
+    expected.observe(walk, torch.tensor([[1, -1], [8, 9]]))
+    for slot, more in ((2, [1]), (0, [8, 9])):
+        length = len(texts[slot])
+        states.all_token_ids.gpu[slot, length : length + len(more)] = torch.tensor(more)
+        states.total_len.gpu[slot] += len(more)
+    offer(context, [0, 2], [2, 1])
+    fresh = Calibration()
+    judged = [c.judge(offered.nodes).alone for c in (calibration, expected, fresh)]
+    assert torch.equal(judged[0], judged[1])
+    assert not torch.equal(judged[0], judged[2])
+
+
+def test_a_slots_next_request_teaches_nothing() -> None:
+    context, states, calibration = device_context([[7, 8, 9, 7]])
+    offered = offer(context, [0], [1])
+    states.total_len.gpu[0] = 9  # of another text, whose last two tokens are new
+    offer(context, [0], [2])
+    judged = [c.judge(offered.nodes).alone for c in (calibration, Calibration())]
+    assert torch.equal(*judged)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"presence_penalty": 0.1},
+        {"bad_words": ["a"]},
+        {"structured_outputs": StructuredOutputsParams(regex="a")},
+        {"thinking_token_budget": 3},
+    ],
+    ids=lambda params: next(iter(params)),
+)
+def test_who_gets_chains(params: dict[str, Any]) -> None:
+    assert reads_drafts_as_text(SamplingParams(**params))
+    plain = SamplingParams(temperature=0.8, top_p=0.9, seed=1, min_tokens=3, logprobs=2)
+    assert not reads_drafts_as_text(plain)
