@@ -3,8 +3,8 @@
 
 The target writes its greedy answer in float32, a token a pass. Then the answer is
 replayed as evaluation does it, with the growth of trees that serving has; and every
-tree is verified in one pass over its rows, behind the text before them, which tells what
-the target thinks of every node.
+tree is verified in one pass over its rows, behind the text before them, which tells
+what the target thinks of every node.
 """
 
 import statistics

@@ -13,7 +13,9 @@ from vllm_clover2 import cli
 from vllm_clover2.explain.page import _DATA, _TEMPLATE
 
 SHAPE = TinyModel(num_layers=2)
-PROMPT = "</script><script>throw 1</script><b onclick='x'>&amp; 😀 \u2028 ${x}`\\ a b c a b c"
+PROMPT = (
+    "</script><script>throw 1</script><b onclick='x'>&amp; 😀 \u2028 ${x}`\\ a b a b"
+)
 
 
 @pytest.fixture(scope="module")
