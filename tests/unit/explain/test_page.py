@@ -73,6 +73,9 @@ class Elements(HTMLParser):
         self.found.append(dict(attrs))
         self._name = dict(attrs).get("id") or ""
 
+    def handle_endtag(self, tag: str) -> None:
+        self._name = ""
+
     def handle_data(self, data: str) -> None:
         self.texts[self._name] = self.texts.get(self._name, "") + data
 

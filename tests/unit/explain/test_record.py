@@ -5,8 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import TinyModel, save_random_head, save_target
-from transformers import AutoTokenizer, LlamaForCausalLM
+from tiny_models import (
+    TinyModel,
+    save_predictable_target,
+    save_random_head,
+    save_target,
+)
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from vllm_clover2.explain.record import Answer, Step, greedy_answer, record_steps
 from vllm_clover2.explain.texts import TokenTexts
@@ -14,13 +19,15 @@ from vllm_clover2.train.architectures import load_draft
 from vllm_clover2.train.hidden import Target
 from vllm_clover2.tree import check_parents
 
-SHAPE = TinyModel(num_layers=2)
-PROMPT = list(range(40, 60)) * 2
+SHAPE = TinyModel(vocab_size=48, hidden_size=32)
+PROMPT = list(range(20))
 
 
 @pytest.fixture(scope="module")
 def target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_target(tmp_path_factory.mktemp("target"), SHAPE)
+    folder = tmp_path_factory.mktemp("target")
+    heads = (SHAPE.num_heads, SHAPE.num_kv_heads)
+    return save_predictable_target(folder, SHAPE.hidden_size, *heads)
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +37,14 @@ def target(target_folder: Path) -> Target:
 
 @pytest.fixture(scope="module")
 def repeating(target: Target) -> Answer:
-    """An answer whose prompt holds most of it, so that the text is a good source."""
-    text = greedy_answer(target, PROMPT, 40, []).tokens
-    prompt = text + PROMPT
-    return greedy_answer(target, prompt, 40, [])
+    """An answer that repeats itself, so that the text is a good source."""
+    return greedy_answer(target, PROMPT, 40, [])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    return AutoTokenizer.from_pretrained(save_target(folder, TinyModel(num_layers=1)))
 
 
 def greedy(target_folder: Path, prompt: list[int], num_tokens: int) -> list[int]:
@@ -126,8 +137,9 @@ def test_an_answer_ends_with_its_end_token(target: Target) -> None:
     assert answer.cache.get_seq_length() == first
 
 
-def test_parts_of_characters_are_shown_as_bytes(target_folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(target_folder)
+def test_parts_of_characters_are_shown_as_bytes(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     texts = TokenTexts(tokenizer)
     ids = tokenizer("a 😀</script>\n", add_special_tokens=False).input_ids
     shown = [texts.of(token) for token in ids]
@@ -140,8 +152,9 @@ def test_parts_of_characters_are_shown_as_bytes(target_folder: Path) -> None:
     assert texts.added([*broken, *ids[-1:], *broken]) == ["<F0>", "\n", "<F0>"]
 
 
-def test_spaces_and_special_tokens_are_shown(target_folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(target_folder)
+def test_spaces_and_special_tokens_are_shown(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     texts = TokenTexts(tokenizer)
     assert texts.of(tokenizer.eos_token_id) == "</s>"
     ids = tokenizer(" the of", add_special_tokens=False).input_ids
