@@ -41,15 +41,20 @@ def _settings_command(
     name: str,
     settings: type[BaseModel],
     summary: str,
+    positional: str | None = None,  # field that is given without its name
 ) -> None:
     parser = commands.add_parser(name, help=summary, description=summary)
     for field_name, field in settings.model_fields.items():
-        _add_option(parser, field_name, field)
+        if field_name == positional:
+            parser.add_argument(field_name, help=field.description)
+        else:
+            _add_option(parser, field_name, field)
     parser.set_defaults(settings=settings)
 
 
 def _parser() -> argparse.ArgumentParser:
     from vllm_clover2.bench.config import BenchmarkConfig, LosslessConfig
+    from vllm_clover2.explain.config import ExplainConfig
     from vllm_clover2.train.config import EvaluateConfig, TrainConfig
     from vllm_clover2.train.generate import GenerateConfig
 
@@ -62,6 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     _settings_command(commands, "train", TrainConfig, "train a draft head")
     _settings_command(
         commands, "evaluate", EvaluateConfig, "measure a head on recorded answers"
+    )
+    _settings_command(
+        commands,
+        "explain",
+        ExplainConfig,
+        "write a web page that shows the trees of one answer, step by step",
+        positional="prompt",
     )
     _settings_command(
         commands,
@@ -160,6 +172,7 @@ def _verify_lossless(settings: Any) -> int:
 def _run_settings(command: str, settings: BaseModel) -> int:
     """The status that the process ends with."""
     from vllm_clover2.bench.config import BenchmarkConfig, LosslessConfig
+    from vllm_clover2.explain.config import ExplainConfig
     from vllm_clover2.train.config import EvaluateConfig, TrainConfig
     from vllm_clover2.train.generate import GenerateConfig, generate
 
@@ -171,6 +184,10 @@ def _run_settings(command: str, settings: BaseModel) -> int:
         print(f"the head is in {train(settings)}")
     elif isinstance(settings, EvaluateConfig):
         print(json.dumps(_evaluate(settings), indent=1))
+    elif isinstance(settings, ExplainConfig):
+        from vllm_clover2.explain.page import explain
+
+        print(f"open {explain(settings)} in a browser")
     elif isinstance(settings, BenchmarkConfig):
         from vllm_clover2.bench.run import benchmark
 

@@ -101,6 +101,7 @@ def test_contents_of_the_wheel(wheel: Path) -> None:
         entry_points = archive.read(f"{about}/entry_points.txt").decode()
     assert "vllm_clover2/shipped_heads/smollm2-135m-instruct/config.json" in names
     assert {"vllm_clover2/ops/_C.abi3.so", "vllm_clover2/py.typed"} <= names
+    assert "vllm_clover2/explain/page.html" in names
     assert f"{about}/licenses/LICENSE" in names
     assert "[vllm.general_plugins]" in entry_points
     assert "vllm-clover2 = vllm_clover2.cli:main" in entry_points

@@ -67,8 +67,8 @@ def test_wrong_values_are_one_line(
 
 
 def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    commands = ("generate", "train", "evaluate", "benchmark", "convert", "heads")
-    for command in (*commands, "doctor", "verify-lossless"):
+    commands = ("generate", "train", "evaluate", "explain", "benchmark", "convert")
+    for command in (*commands, "heads", "doctor", "verify-lossless"):
         with pytest.raises(SystemExit) as exit_status:
             cli.main([command, "--help"])
         assert exit_status.value.code == 0

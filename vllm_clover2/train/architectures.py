@@ -34,8 +34,11 @@ class Replay(Protocol):
         self,
         answers: torch.Tensor,  # [B] int64, numbers in the batch
         roots: torch.Tensor,  # [B] int64, positions of the trees' roots
-    ) -> tuple[Draft, torch.Tensor]:
-        """A draft for one tree per root, and the states [B, H] to grow from."""
+    ) -> tuple[Draft | None, torch.Tensor]:
+        """A draft for one tree per root, and the states [B, H] to grow from.
+
+        No draft: the text is the only source.
+        """
 
 
 @dataclass(frozen=True)

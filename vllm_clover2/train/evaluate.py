@@ -7,9 +7,9 @@ target is known to have produced there.  For greedy answers this is what serving
 does, step for step, up to rounding.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,15 @@ from vllm_clover2.train.hidden import Target
 from vllm_clover2.train.reliability import Reliability, draw
 from vllm_clover2.tree import GrownTrees, TreeBatch, TreeGrower, TreeOptions
 
-__all__ = ["ReplayResult", "evaluate", "evaluate_head", "parse_tree", "summarise"]
+__all__ = [
+    "Lockstep",
+    "ReplayResult",
+    "ReplayStep",
+    "evaluate",
+    "evaluate_head",
+    "parse_tree",
+    "summarise",
+]
 
 # Target token of a row whose true continuation is unknown or past the end.
 _NO_TARGET = -2
@@ -146,7 +154,18 @@ def summarise(results: Iterable[tuple[str, ReplayResult]]) -> dict[str, object]:
     return {**overall.summary(), "by_task": by_task}
 
 
-class _Lockstep:
+class ReplayStep(NamedTuple):
+    """One step of the A answers of a batch that are not at their end."""
+
+    answers: torch.Tensor  # [A] int64, numbers in the batch
+    roots: torch.Tensor  # [A] int64, positions of the trees' roots
+    grown: GrownTrees
+    trees: TreeBatch  # the same trees, as they are verified
+    paths: torch.Tensor  # [A, depth] int32 accepted rows, -1 padded
+    accepted: torch.Tensor  # [A] int32 nodes
+
+
+class Lockstep:
     """All answers of a batch, replayed together a step at a time."""
 
     def __init__(self, batch: Batch, prompt_lens: torch.Tensor, depth: int) -> None:
@@ -164,11 +183,23 @@ class _Lockstep:
         self._steps, self._nodes, self._emitted = np.zeros((3, count), dtype=np.int64)
         self._reached = np.zeros((count, depth), dtype=np.int64)
 
-    @torch.inference_mode()
     def run(
         self, drafts: Replay, grower: TreeGrower, reliability: Reliability
     ) -> list[ReplayResult]:
         """One result per answer."""
+        for step in self.steps(drafts, grower):
+            self._count(step)
+            _judge(step.grown, step.paths, reliability)
+        return [
+            ReplayResult(*map(int, counts), reached=reached, nodes=int(nodes))
+            for *counts, nodes, reached in zip(
+                self._steps, self._emitted, self._nodes, self._reached
+            )
+        ]
+
+    @torch.inference_mode()
+    def steps(self, drafts: Replay, grower: TreeGrower) -> Iterator[ReplayStep]:
+        """Grow trees and accept what the answers go on with, up to their ends."""
         limits = grower.options.context_limits()
         while len(active := (self._root < self._lengths - 1).nonzero()[:, 0]):
             context = None
@@ -177,41 +208,36 @@ class _Lockstep:
                 nodes = context_nodes(self._history, active.int(), lengths, *limits)
                 context = grower.calibration.judge(nodes)
             root = self._root[active]
-            trees, walk, *_ = grower.grow(*drafts.at(active, root), context)
-            paths, accepted = self._verify(active, trees, reliability)
+            grown, walk, *_ = grower.grow(*drafts.at(active, root), context)
+            trees = TreeBatch.from_padded(grown.tokens, grown.parents, grown.sizes)
+            paths, accepted = self._accept(active, trees)
             if walk is not None:
                 ahead = torch.arange(1, paths.shape[1] + 2, device=root.device)
                 emitted = self._known[active[:, None], root[:, None] + ahead]
                 beyond = ahead > accepted[:, None] + 1
                 grower.calibration.observe(walk, emitted.masked_fill(beyond, -1))
-        return [
-            ReplayResult(*map(int, counts), reached=reached, nodes=int(nodes))
-            for *counts, nodes, reached in zip(
-                self._steps, self._emitted, self._nodes, self._reached
-            )
-        ]
+            yield ReplayStep(active, root, grown, trees, paths, accepted)
+            self._root[active] += accepted.long() + 1
 
-    def _verify(
-        self, active: torch.Tensor, grown: GrownTrees, reliability: Reliability
+    def _accept(
+        self, active: torch.Tensor, trees: TreeBatch
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Accept what the answers go on with; returns paths and their lengths."""
-        trees = TreeBatch.from_padded(grown.tokens, grown.parents, grown.sizes)
-        root = self._root
+        """The paths that the answers go on with, and their lengths."""
         owner = torch.repeat_interleave(active, trees.row_offsets.diff().long())
-        after = self._known[owner, root[owner] + 1 + trees.depths.long()]
+        after = self._known[owner, self._root[owner] + 1 + trees.depths.long()]
         paths, accepted, _ = tree_accept(
             after, trees.tokens, trees.parents, trees.row_offsets, self.depth
         )
-        _judge(grown, paths, reliability)
-        rows = active.cpu().numpy()
-        taken = accepted.cpu().numpy()
-        self._steps[rows] += 1
-        self._nodes[rows] += grown.sizes.cpu().numpy()
-        self._reached[rows] += np.arange(self.depth) < taken[:, None]
-        left = (self._lengths - 1 - root)[active].cpu().numpy()
-        self._emitted[rows] += np.minimum(taken + 1, left)
-        self._root[active] += accepted.long() + 1
         return paths, accepted
+
+    def _count(self, step: ReplayStep) -> None:
+        rows = step.answers.cpu().numpy()
+        taken = step.accepted.cpu().numpy()
+        self._steps[rows] += 1
+        self._nodes[rows] += step.grown.sizes.cpu().numpy()
+        self._reached[rows] += np.arange(self.depth) < taken[:, None]
+        left = (self._lengths[step.answers] - 1 - step.roots).cpu().numpy()
+        self._emitted[rows] += np.minimum(taken + 1, left)
 
 
 def _judge(
@@ -262,7 +288,7 @@ def evaluate_head(
             for index in chosen
         ]
         for name, grower in growers.items():
-            steps = _Lockstep(batch, prompt_lens, options[name].max_depth)
+            steps = Lockstep(batch, prompt_lens, options[name].max_depth)
             replayed = steps.run(drafts, grower, judged[name])
             results[name].extend(zip(tasks, replayed, strict=True))
     return {name: _report(results[name], in_loop, judged[name]) for name in results}
