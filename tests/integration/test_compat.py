@@ -135,13 +135,3 @@ def test_model_runner_v2_is_not_chosen(target: Path, head: Path) -> None:
     assert not config.use_v2_model_runner
     features = config._get_v2_model_runner_unsupported_features()
     assert "speculative method 'clover2'" in features
-
-
-def test_model_runner_v2_is_refused_on_the_cpu(
-    target: Path, head: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    speculative = {"method": "clover2", "model": str(head)}
-    arguments = EngineArgs(model=str(target), speculative_config=speculative)
-    with pytest.raises(ValueError, match="- Model Runner V2 without CUDA"):
-        arguments.create_engine_config()

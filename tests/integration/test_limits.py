@@ -135,6 +135,33 @@ def test_graphs_of_whole_passes(
         refuse_unsupported(config)
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "value", "reason"),
+    [
+        ("parallel", "data_parallel_size", 2, "data parallelism on Model Runner V2"),
+        ("parallel", "enable_batch_sharded_sampling", True, "batch-sharded sampling"),
+        ("model", "return_sampling_mask", True, "sampling masks on Model Runner V2"),
+        ("speculative", "enable_adaptive_verification", True, "adaptive verification"),
+        ("speculative", "draft_sample_method", "probabilistic", "drafts that are sam"),
+        ("speculative", "rejection_sample_method", "block", "drafts that are sampled"),
+    ],
+)
+def test_model_runner_v2(
+    config: VllmConfig,
+    part: str,
+    name: str,
+    value: Any,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is refused on the CPU anyway, even where Triton is there."""
+    monkeypatch.setattr(getattr(config, f"{part}_config"), name, value)
+    refuse_unsupported(config)
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
+    with pytest.raises(ValueError, match=f"- Model Runner V2 without.*\n- {reason}"):
+        refuse_unsupported(config)
+
+
 def test_quantized_kv_is_for_chains_only(target: Path, head: Path) -> None:
     with pytest.raises(ValueError, match="quantized KV cache with trees"):
         engine_config(target, head, kv_cache_dtype="fp8")
