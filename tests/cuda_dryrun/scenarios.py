@@ -181,7 +181,7 @@ class Bed:
             "tokens": sum(len(ours.tokens) for _, _, ours in pairs),
             "accepted": spy.accepted,
             "moved": spy.moved,
-            "drafts": engine.runner.stats(),
+            "drafts": engine.llm.collective_rpc("clover2_stats")[0],
             **counts,
         }
 
