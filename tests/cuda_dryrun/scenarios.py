@@ -181,7 +181,7 @@ class Bed:
             "tokens": sum(len(ours.tokens) for _, _, ours in pairs),
             "accepted": spy.accepted,
             "moved": spy.moved,
-            "drafts": engine.runner.counts(),
+            "drafts": engine.llm.collective_rpc("clover2_stats")[0],
             **counts,
         }
 
@@ -216,6 +216,9 @@ def run_aborting(engine: Any, requests: list[Any], aborted: int) -> list[Any]:
 @contextmanager
 def model_runner(v2: bool | None) -> Iterator[None]:
     """What the user says of Model Runner V2."""
+    from vllm import envs
+
+    envs.disable_envs_cache()  # or the first engine's environment would stay
     if v2 is not None:
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(v2))
     try:

@@ -35,7 +35,6 @@ STARTS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "V2, async": ({"async_scheduling": True}, {}, False),
     "V2, no head": ({}, {"model": "none"}, False),
     "V2, sampled drafts": ({}, {"draft_sample_method": "probabilistic"}, False),
-    "V2, two replicas": ({"data_parallel_size": 2}, {}, False),
 }
 
 

@@ -120,7 +120,6 @@ def test_backend_on_blackwell(starts: dict[str, Any]) -> None:
         ("head size 32", "- trees with head size 32 (known are 64, 80, 96, 128, 256)"),
         ("no compiled ops", "- trees on CUDA without the compiled CUDA ops"),
         ("V2, sampled drafts", "- drafts that are sampled: clover2's trees are not"),
-        ("V2, two replicas", "- data parallelism on Model Runner V2; "),
     ],
 )
 def test_refused_at_start(name: str, reason: str, starts: dict[str, Any]) -> None:

@@ -182,3 +182,12 @@ def test_sliding_window_is_for_chains_only(head: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="sliding-window attention with trees"):
         engine_config(tmp_path, head, **options)
     engine_config(tmp_path, head, CHAIN, **options)
+
+
+def test_prompt_embeddings_on_model_runner_v2(
+    config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config.model_config, "enable_prompt_embeds", True)
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
+    with pytest.raises(ValueError, match="- prompt embeddings on Model Runner V2"):
+        refuse_unsupported(config)

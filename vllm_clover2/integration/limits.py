@@ -94,6 +94,8 @@ def _runner_v2_limits(vllm_config: VllmConfig) -> list[str]:
     limits = {
         f"Model Runner V2 without CUDA; {v1}": not current_platform.is_cuda(),
         f"data parallelism on Model Runner V2; {v1}": parallel.data_parallel_size > 1,
+        f"prompt embeddings on Model Runner V2: there a request's text is token ids; "
+        f"{v1}": vllm_config.model_config.enable_prompt_embeds,
         "batch-sharded sampling: each rank would know the accepted rows of its own "
         "requests only; remove enable_batch_sharded_sampling": (
             parallel.enable_batch_sharded_sampling
