@@ -4,6 +4,7 @@ links between documents lead somewhere.
 """
 
 import functools
+import json
 import re
 import shlex
 import subprocess
@@ -101,3 +102,15 @@ def test_every_patch_is_registered() -> None:
         r"^\| `(_\w+)`", (REPO / "docs/developing.md").read_text(), re.M
     )
     assert made == listed
+
+
+def test_figures_are_those_of_the_result_files() -> None:
+    from vllm_clover2.bench import report
+
+    folder = REPO / "docs/benchmark"
+    results = json.loads((folder / "results.json").read_text())["results"]
+    table = report.markdown(results)
+    assert (folder / "table.md").read_text() == table
+    rows = re.findall(r"^\| .*x \|.*$", (REPO / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) == 5
+    assert set(rows) <= set(table.splitlines())

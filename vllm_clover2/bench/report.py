@@ -204,7 +204,8 @@ def _figure(path: Path, num_axes: int, draw: Callable[[Any], None]) -> None:
     for axis in axes[0]:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend()
+            place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.07), "ncols": 2}
+            axis.legend(frameon=False, **place)  # above the title, over no bar
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
