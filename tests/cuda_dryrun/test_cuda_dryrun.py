@@ -81,7 +81,7 @@ def test_the_emulated_kernels_ran(name: str, results: dict[str, Any]) -> None:
 MOST = {
     "own drafts": (12, 19, 8),
     "own drafts, adaptive": (13, 19, 8),  # less where the head is not asked
-    "own drafts, penalties": (18.5, 19, 9.1),
+    "own drafts, penalties": (18.5, 20, 9.1),
     "own drafts, chain": (13, 19, 8),
     # Plain vLLM waits once as well, for the tokens.
     "V2, own drafts": (1, 0, 0),
