@@ -144,6 +144,7 @@ class Bed:
     ) -> dict[str, Any]:
         from engines import first_difference
         from planting import CommitSpy, with_truth
+        from recording import record
 
         engine = self._engine(
             scenario, self.head, tree=scenario.tree, **scenario.options
@@ -152,8 +153,11 @@ class Bed:
         with ExitStack() as stack:
             stack.enter_context(emulated_attention(scenario.emulated))
             counts = stack.enter_context(counted(engine))
-            if scenario.planted:
-                patch = stack.enter_context(patches())
+            patch = stack.enter_context(patches())
+            trees = {}
+            if not scenario.planted:
+                trees = record(engine.runner, patch)
+            else:
                 spy.install(patch)
                 install_planter(scenario, engine, patch)
                 requests = with_truth(requests, expected)
@@ -181,6 +185,7 @@ class Bed:
             "tokens": sum(len(ours.tokens) for _, _, ours in pairs),
             "accepted": spy.accepted,
             "moved": spy.moved,
+            "trees": trees,
             "drafts": engine.llm.collective_rpc("clover2_stats")[0],
             **counts,
         }

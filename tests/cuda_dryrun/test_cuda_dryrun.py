@@ -63,6 +63,16 @@ def test_text_is_that_of_plain_vllm(name: str, results: dict[str, Any]) -> None:
         assert result["moved"] > scenario.requests
 
 
+@pytest.mark.parametrize("name", ["own drafts", "own drafts, no head"])
+def test_both_runners_draft_the_same(name: str, results: dict[str, Any]) -> None:
+    """Below the same text; a near-tie may fall differently."""
+    v1, v2 = results[name]["trees"], results[f"V2, {name}"]["trees"]
+    texts = v1.keys() & v2.keys()
+    assert len(texts) > 100
+    equal = sum(v1[text] == v2[text] for text in texts)
+    assert equal > 0.95 * len(texts)
+
+
 def test_preemption_happened(results: dict[str, Any]) -> None:
     for name in ("preempted", "V2, preempted"):
         assert results[name]["preempted"] > 3
