@@ -56,7 +56,8 @@ def test_text_is_that_of_plain_vllm(name: str, results: dict[str, Any]) -> None:
     assert result["log-probabilities"] < 1e-3
     answered = scenario.requests - scenario.aborted
     assert result["tokens"] == answered * scenario.tokens
-    if scenario.planted:
+    limited = {"max_num_batched_tokens", "max_num_seqs"} & scenario.options.keys()
+    if scenario.planted and not limited:  # all requests run at the same time
         assert result["steps"] < scenario.tokens
     if scenario.planted and "chain" not in name:
         assert result["accepted"] > scenario.requests
