@@ -212,11 +212,12 @@ def test_counters_are_exported(client: openai.OpenAI, url: str) -> None:
     drafts = counters["vllm:spec_decode_num_drafts_total"]
     nodes = counters["vllm:spec_decode_num_draft_tokens_total"]
     assert 0 < drafts <= nodes
-    assert counters["vllm:clover2_accepted_depth_count"] == drafts
-    # vLLM does not count those that a grammar forbids.
+    # vLLM does not count what a grammar forbids, nor requests that are gone when their
+    # step has been verified.
+    assert counters["vllm:clover2_accepted_depth_count"] >= drafts
     assert counters["vllm:clover2_verified_nodes_total"] >= nodes
     accepted = counters["vllm:spec_decode_num_accepted_tokens_total"]
-    assert counters["vllm:clover2_accepted_nodes_total"] == accepted
+    assert counters["vllm:clover2_accepted_nodes_total"] >= accepted
     assert counters["vllm:clover2_request_steps_total"] >= drafts
     for seconds in ("drafting", "verification"):
         assert counters[f"vllm:clover2_{seconds}_seconds_sum"] > 0.0

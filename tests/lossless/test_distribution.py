@@ -8,6 +8,7 @@ probability mass in most runs; the negative control shifts a good part of it.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,28 +104,29 @@ def test_a_walk_that_prefers_drafted_tokens_is_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Negative control: some picks are replaced by the first drafted child."""
-    stock = sampling.first_matching_child
+    stock = sampling._Levels._sample
     calls = 0
 
     def biased(
+        levels: Any,
+        level: int,
+        requests: list[int],
+        index: torch.Tensor,
         nodes: torch.Tensor,
-        picks: torch.Tensor,
-        tokens: torch.Tensor,
-        parents: torch.Tensor,
-        row_offsets: torch.Tensor,
-        row_request: torch.Tensor,
-    ) -> torch.Tensor:
+    ) -> Any:
         nonlocal calls
         calls += 1
-        if calls % 4 == 0:  # "picks" is what will be emitted
-            for request, node in enumerate(nodes.tolist()):
-                rows = slice(*row_offsets[request : request + 2].tolist())
-                children = (parents[rows] == node).nonzero()
-                if node >= 0 and len(children):
-                    picks[request] = tokens[rows][children[0, 0]]
-        return stock(nodes, picks, tokens, parents, row_offsets, row_request)
+        picks, told = stock(levels, level, requests, index, nodes)
+        if calls % 4 == 0:
+            trees = levels.batch.trees
+            for request in requests:
+                rows = slice(*trees.row_offsets[request : request + 2].tolist())
+                children = (trees.parents[rows] == nodes[request]).nonzero()
+                if len(children):
+                    picks[request] = trees.tokens[rows][children[0, 0]]
+        return picks, told
 
-    monkeypatch.setattr(sampling, "first_matching_child", biased)
+    monkeypatch.setattr(sampling._Levels, "_sample", biased)
     plant(seed=80, vocab_size=SMALL.vocab_size, depth=2)
     p = p_value(small_engine, expected_counts(small_target, **params), **params)
     assert p < 1e-6
