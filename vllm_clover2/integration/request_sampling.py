@@ -54,7 +54,7 @@ class RequestSampling:
         self._of_whole_batch = [
             processor
             for processor in batch.logitsprocs.all
-            if changed_requests(processor) is None
+            if not _tells_requests(processor)
         ]
 
     @property
@@ -182,6 +182,11 @@ def _states_name(processor: LogitsProcessor) -> str | None:
     return STATES.get(cls)
 
 
+def _tells_requests(processor: LogitsProcessor) -> bool:
+    """Whether it is known whose rows the processor changes; follows from its class."""
+    return type(processor) is MinPLogitsProcessor or _states_name(processor) is not None
+
+
 def changed_requests(processor: LogitsProcessor) -> set[int] | None:
     """Requests whose rows the processor changes; None: it does not tell."""
     if type(processor) is MinPLogitsProcessor:
@@ -210,7 +215,7 @@ def opaque_processor(processors: LogitsProcessors) -> LogitsProcessor | None:
     this by ``depends_on_text_alone = True``.
     """
     for processor in processors.all:
-        if changed_requests(processor) is None and not getattr(
+        if not _tells_requests(processor) and not getattr(
             processor, "depends_on_text_alone", False
         ):
             return processor

@@ -89,6 +89,8 @@ class Clover2RunnerMixin:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         block_size = self._draft_blocks.block_size
         self.drafting = Drafting(self.drafter, block_size, self.stats)
+        # The same for all steps: it follows from the classes that were loaded.
+        self._opaque_processor = opaque_processor(self.input_batch.logitsprocs)
         holder = self.input_batch.thinking_budget_state_holder
         if holder is not None:
             # Its rows follow requests, not drafts: we sample level by level, and
@@ -345,9 +347,8 @@ class Clover2RunnerMixin:
             return "thinking budget"
         if request.prompt_embeds is not None:
             return "prompt embeddings"  # no source knows the tokens of the prompt
-        opaque = opaque_processor(self.input_batch.logitsprocs)
-        if opaque is not None:
-            return f"logits processor {type(opaque).__name__}"
+        if self._opaque_processor is not None:
+            return f"logits processor {type(self._opaque_processor).__name__}"
         return None
 
     def _count_accepted(self, batch: VerifyBatch, paths: np.ndarray) -> None:
