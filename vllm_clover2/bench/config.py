@@ -81,6 +81,12 @@ class BenchmarkConfig(EngineSettings):
     concurrency: list[Annotated[int, Field(ge=1)]] = Field(
         [1, 2, 4, 8], min_length=1, description="requests in flight, one or several"
     )
+    min_prompts: int | None = Field(
+        None,
+        ge=1,
+        description="answer twice as many prompts as there are requests in flight, but "
+        "at least so many, instead of all at every load",
+    )
     rounds: int = Field(3, ge=1, description="times that all prompts are answered")
     output: Path = Field(
         Path("build/benchmark"), description="folder for figures, tables, plots, logs"
@@ -120,6 +126,12 @@ class BenchmarkConfig(EngineSettings):
                 "--eagle-head, or leave eagle out"
             )
         return self
+
+    def prompts_at(self, concurrency: int) -> int | None:
+        """How many prompts are answered with so many in flight; None: all."""
+        if self.min_prompts is None:
+            return None
+        return max(self.min_prompts, 2 * concurrency)
 
 
 class LosslessConfig(EngineSettings):

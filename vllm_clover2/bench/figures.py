@@ -155,7 +155,8 @@ def summarise(
 ) -> list[dict[str, Any]]:
     """Figures by concurrency, method and task; "none" is what the others go by.
 
-    Rounds may be missing at the end: ratios are over the rounds that both have.
+    At each concurrency the first prompts are answered, as many in each round. Rounds
+    may be missing at the end: ratios are over the rounds that both have.
     """
     result = []
     for concurrency in sorted({one.concurrency for one in rounds}):
@@ -164,7 +165,10 @@ def summarise(
             if one.concurrency == concurrency:
                 by_method.setdefault(one.method, []).append(one)
         plain = by_method["none"]
-        methods = {name: _method(tasks, own, plain) for name, own in by_method.items()}
+        answered = tasks[: len(plain[0].requests)]
+        methods = {
+            name: _method(answered, own, plain) for name, own in by_method.items()
+        }
         result.append({"concurrency": concurrency, "methods": methods})
     return result
 

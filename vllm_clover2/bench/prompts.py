@@ -3,10 +3,11 @@
 
 import json
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Prompt", "first_of_each_task", "read_prompts", "render"]
+__all__ = ["Prompt", "read_prompts", "render", "tasks_in_turn"]
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,18 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     return prompts
 
 
-def first_of_each_task(
+def tasks_in_turn(
     prompts: list[dict[str, Any]], limit: int | None
 ) -> list[dict[str, Any]]:
-    """At most `limit` prompts of each task, in the order of the file."""
-    taken: dict[str, int] = {}
-    kept = []
+    """The first of each task, the second of each, and so on, at most `limit` of each.
+
+    Whoever takes the first of these has something of every task.
+    """
+    by_task: dict[str, list[dict[str, Any]]] = {}
     for prompt in prompts:
-        taken[prompt["task"]] = taken.get(prompt["task"], 0) + 1
-        if limit is None or taken[prompt["task"]] <= limit:
-            kept.append(prompt)
-    return kept
+        by_task.setdefault(prompt["task"], []).append(prompt)
+    turns = zip_longest(*(own[:limit] for own in by_task.values()))
+    return [prompt for turn in turns for prompt in turn if prompt is not None]
 
 
 def render(prompts: list[dict[str, Any]], target: str) -> list[Prompt]:

@@ -22,9 +22,9 @@ from vllm_clover2.bench.config import METHODS, BenchmarkConfig
 from vllm_clover2.bench.figures import MeasuredRound, first_difference, summarise
 from vllm_clover2.bench.prompts import (
     Prompt,
-    first_of_each_task,
     read_prompts,
     render,
+    tasks_in_turn,
 )
 from vllm_clover2.bench.served import ServerBackend, check_client_limits
 from vllm_clover2.records import provenance, write_json
@@ -44,7 +44,7 @@ def prepare(config: BenchmarkConfig) -> tuple[list[Prompt], int]:
     """
     from transformers import AutoConfig
 
-    records = first_of_each_task(read_prompts(config.prompts), config.max_prompts)
+    records = tasks_in_turn(read_prompts(config.prompts), config.max_prompts)
     if len(records) < config.concurrency[-1]:
         raise ValueError(
             f"concurrency {config.concurrency[-1]} needs at least as many prompts, "
@@ -154,14 +154,15 @@ def _measure(
             progress.remove_task(bar)
             say(f"{method}: ready")
         for concurrency in config.concurrency:
+            taken = prompts[: config.prompts_at(concurrency)]
             for backend in backends.values():
-                backend.warm_up(prompts[:concurrency])
+                backend.warm_up(taken[:concurrency])
             for number in range(1, config.rounds + 1):
                 for method, backend in backends.items():
                     stage = f"{concurrency} in flight, round {number}, {method}"
-                    bar = progress.add_task(stage, total=len(prompts))
+                    bar = progress.add_task(stage, total=len(taken))
                     seconds, requests, steps = backend.answer(
-                        prompts,
+                        taken,
                         concurrency,
                         partial(_advance, progress, bar),
                     )

@@ -10,7 +10,7 @@ from tiny_models import TinyModel, save_random_head, save_target
 from vllm_clover2 import cli
 from vllm_clover2.bench import run
 from vllm_clover2.bench.config import BenchmarkConfig, speculative_config
-from vllm_clover2.bench.prompts import Prompt, first_of_each_task, read_prompts
+from vllm_clover2.bench.prompts import Prompt, read_prompts, tasks_in_turn
 from vllm_clover2.bench.served import check_client_limits
 
 SHAPE = TinyModel(hidden_size=64, num_layers=1, num_heads=2, num_kv_heads=1)
@@ -200,8 +200,8 @@ def test_shipped_prompts_are_a_diverse_dozen():
     assert len({prompt["task"] for prompt in prompts}) >= 6
 
 
-def test_the_first_prompts_of_each_task_are_kept_in_order():
+def test_tasks_take_turns_with_their_first_prompts():
     prompts = [{"task": task} for task in "abacab"]
-    kept = first_of_each_task(prompts, 2)
-    assert [prompt["task"] for prompt in kept] == list("abacb")
-    assert first_of_each_task(prompts, None) == prompts
+    kept = tasks_in_turn(prompts, 2)
+    assert [prompt["task"] for prompt in kept] == list("abcab")
+    assert tasks_in_turn(prompts, None) == [*kept, prompts[-2]]

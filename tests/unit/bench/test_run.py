@@ -77,6 +77,18 @@ def test_all_are_started_first_and_then_take_turns(
     assert sorted(events[-2:]) == [("close", "ngram"), ("close", "none")]
 
 
+def test_low_loads_need_fewer_prompts(
+    events: list[tuple], config: BenchmarkConfig, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(run, "prepare", lambda _: (PROMPTS * 3, 512))
+    path = run.benchmark(config.model_copy(update={"min_prompts": 3}))
+    results = json.loads(path.read_text())["results"]
+    by_load = [one["methods"]["ngram"] for one in results]
+    assert [one["prompts"] for one in by_load] == [3, 4]
+    qa = [one["by_task"]["qa"]["prompts"] for one in by_load]
+    assert qa == [2, 2]
+
+
 def test_every_stage_is_a_line_where_nobody_watches(
     events: list[tuple], config: BenchmarkConfig, capsys: pytest.CaptureFixture[str]
 ):
