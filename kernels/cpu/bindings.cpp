@@ -16,6 +16,8 @@ STABLE_TORCH_LIBRARY_IMPL(clover2, CPU, library) {
   library.impl("context_nodes", TORCH_BOX(&clover2::cpu::context_nodes));
   library.impl("add_candidates", TORCH_BOX(&clover2::cpu::add_candidates));
   library.impl("best_candidates", TORCH_BOX(&clover2::cpu::best_candidates));
+  library.impl("judge_context", TORCH_BOX(&clover2::cpu::judge_context));
+  library.impl("learn_context", TORCH_BOX(&clover2::cpu::learn_context));
   library.impl("top_k_log_probs", TORCH_BOX(&clover2::cpu::top_k_log_probs));
   library.impl("int8_product", TORCH_BOX(&clover2::cpu::int8_product));
   library.impl("recurrent_step", TORCH_BOX(&clover2::cpu::recurrent_step));

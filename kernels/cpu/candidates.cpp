@@ -3,8 +3,8 @@
 // the ops compute. A request's pool is some hundred rows, parents first, so one
 // pass over them in order does what takes many small tensor operations.
 
-#include "../common/checks.h"
 #include "ops.h"
+#include "rows.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -23,28 +23,6 @@ constexpr float kLeastCredit = 1e-6f;
 // See the reference: sums of logs on the grid are exact.
 constexpr float kGrid = 1.0f / 4096.0f;
 constexpr float kLeastLog = -60.0f;
-
-// A matrix whose rows are contiguous.
-template <typename T>
-struct Rows {
-  Rows(const Tensor& tensor, const char* name, ScalarType dtype, int64_t rows,
-       int64_t least_columns)
-      : data(static_cast<T*>(const_cast<void*>(tensor.const_data_ptr()))),
-        stride(tensor.dim() == 2 ? tensor.stride(0) : 0) {
-    STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.dim() == 2 &&
-                        tensor.size(0) == rows &&
-                        tensor.size(1) >= least_columns &&
-                        (tensor.size(1) <= 1 || tensor.stride(1) == 1),
-                    name, " must be [", rows, ", at least ", least_columns,
-                    "] with contiguous rows, of the dtype that the schema's "
-                    "reference names");
-  }
-
-  T* operator[](int64_t row) const { return data + row * stride; }
-
-  T* data;
-  int64_t stride;
-};
 
 // What a request's context nodes are; row i + 1 of the pool is node i.
 struct Context {
@@ -77,11 +55,6 @@ std::vector<int64_t> likeliest(const float* values, int64_t size, int64_t count)
                     });
   order.resize(count);
   return order;
-}
-
-void check_row(int64_t row, int64_t end, const char* name) {
-  STD_TORCH_CHECK(row >= 0 && row < end, name, " must be rows below ", end,
-                  ", found ", row);
 }
 
 }  // namespace

@@ -45,6 +45,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_candidates(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> best_candidates(
     const Tensor& parents, const Tensor& joint, const Tensor& below,
     const Tensor& depths, int64_t num_nodes);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> judge_context(
+    const Tensor& parents, const Tensor& depths, const Tensor& matches,
+    const Tensor& places, std::vector<Tensor> bounds, const Tensor& values,
+    double max_sum);
+
+void learn_context(Tensor& counts, Tensor& values, const Tensor& tokens,
+                   const Tensor& parents, const Tensor& depths,
+                   const Tensor& cells, const Tensor& credit,
+                   const Tensor& emitted, double max_trials);
+
 std::tuple<Tensor, Tensor> top_k_log_probs(const Tensor& logits, int64_t k);
 
 Tensor int8_product(const Tensor& input, const Tensor& packed,

@@ -143,6 +143,19 @@ def test_beside_a_tree_all_rows_are_attended_to_once() -> None:
     assert rows.ancestors.tolist()[-1] == 0b1
 
 
+def test_without_a_tree_our_attention_takes_large_batches() -> None:
+    batch = VerifyBatch.build([None] * 2, np.array([5, 9]), np.array([1, 1]))
+    block_table = torch.zeros((2, 1), dtype=torch.int32)
+    assert batch.tree_rows(block_table, 2.5) is None
+    rows = batch.tree_rows(block_table, 2)
+    assert rows is not None
+    assert rows.covers_batch
+    assert rows.prefix_lens.tolist() == [5, 9]
+    assert rows.ancestors.tolist() == [0b1, 0b1]
+    with_prompt = VerifyBatch.build([None] * 2, np.array([0, 9]), np.array([5, 1]))
+    assert with_prompt.tree_rows(block_table, 2) is None
+
+
 def test_no_tree_at_all() -> None:
     batch = VerifyBatch.build([None, None], np.array([0, 4]), np.array([7, 1]))
     assert batch.tree_rows(torch.zeros((2, 1), dtype=torch.int32)) is None

@@ -69,6 +69,34 @@ def context_arguments() -> dict:
     }
 
 
+def judge_arguments() -> dict:
+    row = torch.tensor([[0, 1, 0, 0]], dtype=torch.int32)
+    return {
+        "parents": row,
+        "depths": torch.tensor([[1, 2, 1, 0]], dtype=torch.int32),
+        "matches": torch.tensor([[3, 3, 1, 0]], dtype=torch.int32),
+        "places": torch.tensor([[2, 1, 1, 0]], dtype=torch.int32),
+        "bounds": [torch.tensor([2.0]), torch.tensor([0.5]), torch.tensor([2.0])],
+        "values": torch.rand(2, 16),
+        "max_sum": 0.98,
+    }
+
+
+def learn_arguments() -> dict:
+    nodes = judge_arguments()
+    return {
+        "counts": torch.full((4, 16), 50.0, dtype=torch.float64),
+        "values": torch.ones(2, 16),
+        "tokens": torch.tensor([[5, 6, 7, -1]]),
+        "parents": nodes["parents"],
+        "depths": nodes["depths"],
+        "cells": torch.tensor([[3, 3, 4, 0]]),
+        "credit": torch.tensor([[0.5, torch.nan, 0.2, torch.nan]]),
+        "emitted": torch.tensor([[5, 6, -1]]),
+        "max_trials": 51.5,
+    }
+
+
 def top_k_arguments() -> dict:
     return {"logits": torch.randn(3, 100).bfloat16(), "k": 8}
 
@@ -101,6 +129,8 @@ ARGUMENTS = {
     "tree_accept": accept_arguments,
     "commit_kv": commit_arguments,
     "context_nodes": context_arguments,
+    "judge_context": judge_arguments,
+    "learn_context": learn_arguments,
     "top_k_log_probs": top_k_arguments,
     "int8_product": product_arguments,
     "recurrent_step": step_arguments,
@@ -187,6 +217,15 @@ def test_ops_that_need_no_kernel_do_not_count(monkeypatch) -> None:
         ("context_nodes", {"max_depth": 64}, "max_depth must be between 1 and 63"),
         ("context_nodes", {"max_nodes": 0}, "max_nodes must be between 1 and 128"),
         ("context_nodes", {"max_nodes": 129}, "max_nodes must be between 1 and 128"),
+        ("judge_context", {"parents": torch.full((1, 4), 1).int()}, "rows below 1"),
+        ("judge_context", {"bounds": [torch.ones(1)] * 2}, "bounds three vectors"),
+        ("judge_context", {"bounds": [torch.ones(1).long()] * 3}, "float32 vectors"),
+        ("judge_context", {"values": torch.ones(2, 15)}, r"values must be \[2, at least"),
+        ("judge_context", {"places": torch.ones(1, 4)}, "places must be"),
+        ("learn_context", {"cells": torch.full((1, 4), 16)}, "cells must be rows below"),
+        ("learn_context", {"parents": torch.full((1, 4), 3).int()}, "rows below 1"),
+        ("learn_context", {"counts": torch.ones(4, 16)}, "counts must be"),
+        ("learn_context", {"emitted": torch.ones(2, 3).long()}, "emitted must be"),
         ("top_k_log_probs", {"k": 0}, "k must be 1 to 100"),
         ("top_k_log_probs", {"k": 101}, "k must be 1 to 100"),
         ("top_k_log_probs", {"logits": torch.zeros(9)}, "logits must have 2"),

@@ -152,7 +152,7 @@ class Drafting:
     def _known(self, context: ContextCandidates | None, requests: int) -> _Known:
         if context is None or self.chooser is None:  # without one nobody asks
             return _Known(np.ones(requests), np.zeros((requests, 0)))
-        return _Known(context.open().numpy(), context.joint().numpy())
+        return _Known(context.open().numpy(), context.joint.numpy())
 
     def _waiting(self, ids: list[str]) -> np.ndarray:
         """Rows without draft KV [B]; -1 where the head cannot be asked."""

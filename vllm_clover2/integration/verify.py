@@ -8,6 +8,7 @@ found by request id, and used only if the text has not moved on and the tokens a
 """
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -161,17 +162,22 @@ class VerifyBatch:
         depths = self.trees.depths
         return torch.from_numpy(roots).to(depths.device) + depths
 
-    def tree_rows(self, block_table: torch.Tensor) -> TreeRows | None:
+    def tree_rows(
+        self, block_table: torch.Tensor, least_requests: float = math.inf
+    ) -> TreeRows | None:
         """What attends along trees; ``block_table`` [R, blocks] int32.
 
-        Beside a tree roots and chains are taken for trees as well, unless there are
-        prompt rows, which vLLM's attention has to run for in any case.
+        Beside a tree roots and chains are taken for trees as well, and without one
+        where there are at least so many requests; unless there are prompt rows, which
+        vLLM's attention has to run for in any case.
         """
         requests = self.tree_requests
-        if not len(requests):
+        if not len(requests) and self.num_requests < least_requests:
             return None
         if int(self.row_counts.sum()) == self.query_rows:
             requests = np.arange(self.num_requests)
+        elif not len(requests):
+            return None
         device = block_table.device
 
         def on_device(array: np.ndarray) -> torch.Tensor:

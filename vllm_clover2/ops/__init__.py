@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from vllm_clover2.ops import candidates, reference, schema
+from vllm_clover2.ops import calibration, candidates, reference, schema
 from vllm_clover2.ops.int8 import Int8Weight, pack_int8
 from vllm_clover2.ops.layout import KVLayout
-from vllm_clover2.tree.context import ContextNodes
+from vllm_clover2.tree.types import ContextNodes
 
 __all__ = [
     "ContextNodes",
@@ -29,6 +29,8 @@ __all__ = [
     "commit_kv",
     "context_nodes",
     "int8_product",
+    "judge_context",
+    "learn_context",
     "library_path",
     "pack_int8",
     "recurrent_step",
@@ -154,6 +156,16 @@ def _fake_best_candidates(
     )
 
 
+def _fake_judge_context(
+    parents: torch.Tensor, *inputs: Any
+) -> tuple[torch.Tensor, ...]:
+    values = inputs[4]
+    return (
+        parents.new_empty(parents.shape, dtype=torch.int64),
+        *(values.new_empty(parents.shape) for _ in range(3)),
+    )
+
+
 def _fake_top_k_log_probs(
     logits: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,7 +194,11 @@ def _fake_recurrent_step(
 
 _LIBRARY = schema.register(
     {
-        name: getattr(reference, name, None) or getattr(candidates, name)
+        name: next(
+            getattr(module, name)
+            for module in (reference, candidates, calibration)
+            if hasattr(module, name)
+        )
         for name in schema.SCHEMAS
     },
     {
@@ -192,6 +208,8 @@ _LIBRARY = schema.register(
         "context_nodes": _fake_context_nodes,
         "add_candidates": _fake_add_candidates,
         "best_candidates": _fake_best_candidates,
+        "judge_context": _fake_judge_context,
+        "learn_context": _fake_nothing,
         "top_k_log_probs": _fake_top_k_log_probs,
         "int8_product": _fake_int8_product,
         "recurrent_step": _fake_recurrent_step,
@@ -282,9 +300,11 @@ def context_nodes(
     )  # fmt: skip
 
 
-# See ops/candidates.py for the arguments and results of these two.
+# See ops/candidates.py and ops/calibration.py for the arguments and results of these.
 add_candidates = torch.ops.clover2.add_candidates.default
 best_candidates = torch.ops.clover2.best_candidates.default
+judge_context = torch.ops.clover2.judge_context.default
+learn_context = torch.ops.clover2.learn_context.default
 
 
 def top_k_log_probs(

@@ -8,7 +8,7 @@ no candidate have the log-probability -inf.
 
 import torch
 
-from vllm_clover2.tree.context import held_below
+from vllm_clover2.ops.calibration import held_below
 
 _LEAST_CREDIT = 1e-6
 """Keeps the credit of a context node finite where neither source expected it."""

@@ -46,6 +46,16 @@ SCHEMAS: dict[str, str] = {
         "int num_nodes) -> (Tensor rows, Tensor parents, Tensor depths, "
         "Tensor joint, Tensor sizes)"
     ),
+    "judge_context": (
+        "(Tensor parents, Tensor depths, Tensor matches, Tensor places, "
+        "Tensor[] bounds, Tensor values, float max_sum) -> "
+        "(Tensor cells, Tensor alone, Tensor beside, Tensor joint)"
+    ),
+    "learn_context": (
+        "(Tensor(a!) counts, Tensor(b!) values, Tensor tokens, Tensor parents, "
+        "Tensor depths, Tensor cells, Tensor credit, Tensor emitted, "
+        "float max_trials) -> ()"
+    ),
     "top_k_log_probs": "(Tensor logits, int k) -> (Tensor, Tensor)",
     "int8_product": (
         "(Tensor input, Tensor packed, Tensor scales, Tensor? bias) -> Tensor"
@@ -62,6 +72,8 @@ WITHOUT_KERNEL: dict[str, set[str]] = {
     "cuda": {
         "add_candidates",
         "best_candidates",
+        "judge_context",
+        "learn_context",
         "top_k_log_probs",
         "int8_product",
         "recurrent_step",

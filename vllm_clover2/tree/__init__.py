@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trees of drafted tokens as plain data: shapes, growth, masks, walk."""
 
-from vllm_clover2.tree.context import Calibration, ContextLimits, ContextNodes
+from vllm_clover2.tree.context import Calibration, ContextLimits
 from vllm_clover2.tree.grower import Growth, TreeGrower
 from vllm_clover2.tree.growth import Draft, DynamicTree, grow_dynamic, grow_static
 from vllm_clover2.tree.masks import depths_and_ancestors
@@ -10,6 +10,7 @@ from vllm_clover2.tree.shapes import TreeShape, chain, paper_tree
 from vllm_clover2.tree.types import (
     MAX_NODES,
     MAX_ROWS,
+    ContextNodes,
     GrownTrees,
     Source,
     TopK,

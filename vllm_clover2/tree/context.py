@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_clover2 import ops
 from vllm_clover2.tree.context_priors import PRIOR_ALONE, PRIOR_BESIDE
+from vllm_clover2.tree.types import ContextNodes
 
 
 class ContextLimits(NamedTuple):
@@ -26,26 +28,6 @@ class ContextLimits(NamedTuple):
     max_nodes: int = 64
 
 
-class ContextNodes(NamedTuple):
-    """Continuations of earlier occurrences, B tries padded to N nodes.
-
-    As ``ops.context_nodes`` returns them: node i is row i + 1, row 0 is the root,
-    parents come first, and of siblings the one with the longest match.
-    """
-
-    tokens: torch.Tensor  # [B, N] int64, -1 padded
-    parents: torch.Tensor  # [B, N] int32, row numbers
-    depths: torch.Tensor  # [B, N] int32, from 1; padding 0
-    matches: torch.Tensor  # [B, N] int32, tokens up to the root that agree
-    places: torch.Tensor  # [B, N] int32, occurrences that go on through the node
-    sizes: torch.Tensor  # [B] int32
-
-    @property
-    def valid(self) -> torch.Tensor:
-        """[B, N] bool, not padding."""
-        return self.depths > 0
-
-
 class ContextCandidates(NamedTuple):
     """Context nodes with what each is worth below its parent."""
 
@@ -56,6 +38,8 @@ class ContextCandidates(NamedTuple):
     # [B, N] float32: its weight w in the mixture with a head's probabilities q for the
     # same parent, p(token) = w(token) + (1 - the siblings' sum of w) * q(token).
     beside: torch.Tensor
+    # [B, N] float32: joint probability of its path when nobody else is asked.
+    joint: torch.Tensor
 
     @classmethod
     def none(cls, requests: int, device: torch.device) -> "ContextCandidates":
@@ -64,7 +48,8 @@ class ContextCandidates(NamedTuple):
         rows = tokens.int()
         sizes = torch.zeros(requests, dtype=torch.int32, device=device)
         nodes = ContextNodes(tokens, rows, rows, rows, rows, sizes)
-        return cls(nodes, tokens, tokens.float(), tokens.float())
+        nothing = tokens.float()
+        return cls(nodes, tokens, nothing, nothing, nothing)
 
     def to(self, device: torch.device) -> "ContextCandidates":
         """The candidates on ``device``."""
@@ -80,11 +65,6 @@ class ContextCandidates(NamedTuple):
         first = self.nodes.depths == 1
         return 1.0 - (self.beside * first).sum(dim=1)
 
-    def joint(self) -> torch.Tensor:
-        """Joint probabilities [B, N] if nobody else is asked, 0 for padding."""
-        parents = self.nodes.parents.long()
-        return path_product(self.alone, parents).masked_fill(~self.nodes.valid, 0.0)
-
 
 class ContextWalk(NamedTuple):
     """Tries kept until it is known how the text went on; what calibration learns from.
@@ -95,7 +75,7 @@ class ContextWalk(NamedTuple):
     tokens: torch.Tensor  # [B, N] int64
     parents: torch.Tensor  # [B, N] int32
     depths: torch.Tensor  # [B, N] int32
-    cells: torch.Tensor  # [B, N] int64, see ``Calibration.cells``
+    cells: torch.Tensor  # [B, N] int64, see ``Calibration``
     # [B, N] float32: the context's share in the mixture's probability of this token,
     # NaN where the head was not asked.
     credit: torch.Tensor
@@ -145,47 +125,21 @@ class Calibration:
             torch.tensor(bounds, dtype=torch.float32, device=device)
             for bounds in (_MATCH_BOUNDS, _SHARE_BOUNDS, _PLACES_BOUNDS)
         ]
-        self._alone = self._beside = torch.empty(0)
-        self._update()
-
-    def _update(self) -> None:
-        trials, hits, trials_beside, credit = self._counts
-        self._alone = (hits / trials).float()
-        self._beside = (credit / trials_beside).float()
-
-    def cells(self, nodes: ContextNodes) -> torch.Tensor:
-        """The kind of every node [B, N] int64; 0 for padding."""
-        parents = nodes.parents.long()
-        device = parents.device
-
-        def bucket(values: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
-            return torch.bucketize(values.float(), bounds, right=True)
-
-        match, share, places = self._bounds
-        rows = torch.zeros(
-            len(parents), parents.shape[1] + 1, dtype=torch.int32, device=device
-        )
-        siblings = rows.scatter_add(1, parents, nodes.places).gather(1, parents)
-        longest = rows.scatter_reduce(1, parents, nodes.matches, "amax")
-        properties = (
-            bucket(nodes.matches + nodes.depths - 1, match),
-            bucket(nodes.places / siblings.clamp(min=1), share),
-            bucket(nodes.places, places),
-            (nodes.matches < longest.gather(1, parents)).long(),
-        )
-        cell = torch.zeros_like(parents)
-        for size, value in zip(_SHAPE, properties, strict=True):
-            cell = cell * size + value
-        return cell.masked_fill(~nodes.valid, 0)
+        # What follows from the counts: alone, and beside a head.
+        self._values = (self._counts[1::2] / self._counts[::2]).float()
 
     def judge(self, nodes: ContextNodes) -> ContextCandidates:
         """The nodes with what they are worth."""
-        cells = self.cells(nodes)
-        alone, beside = (
-            _shared_out(of_cell[cells], nodes)
-            for of_cell in (self._alone, self._beside)
+        worth = ops.judge_context(
+            nodes.parents,
+            nodes.depths,
+            nodes.matches,
+            nodes.places,
+            self._bounds,
+            self._values,
+            _MAX_SUM,
         )
-        return ContextCandidates(nodes, cells, alone, beside)
+        return ContextCandidates(nodes, *worth)
 
     def observe(
         self,
@@ -193,73 +147,14 @@ class Calibration:
         emitted: torch.Tensor,  # [B, T] int64, what followed the root, -1 padded
     ) -> None:
         """Learn from how the texts went on."""
-        last = emitted.shape[1] - 1
-        told = emitted.gather(1, (walk.depths.long() - 1).clamp(0, last))
-        known = (walk.depths > 0) & (walk.depths <= last + 1) & (told >= 0)
-        hit = known & (walk.tokens == told)
-        parent_hit = _path_all(hit, walk.parents.long())
-        tried = known & parent_hit
-        beside = tried & ~walk.credit.isnan()
-        columns = (
-            tried,
-            tried & hit,
-            beside,
-            torch.where(beside & hit, walk.credit, 0.0),
+        ops.learn_context(
+            self._counts,
+            self._values,
+            walk.tokens,
+            walk.parents,
+            walk.depths,
+            walk.cells,
+            walk.credit,
+            emitted,
+            _MAX_TRIALS,
         )
-        # Not bincount: on a GPU it waits for the largest value.
-        seen = torch.stack([column.flatten().double() for column in columns])
-        cells = walk.cells.flatten().expand_as(seen)
-        self._counts.scatter_add_(1, cells, seen)
-        for trials in (0, 2):
-            fade = (_MAX_TRIALS / self._counts[trials]).clamp(max=1.0)
-            self._counts[trials : trials + 2] *= fade
-        self._update()
-
-
-def _shared_out(
-    probabilities: torch.Tensor,  # [B, N]
-    nodes: ContextNodes,
-) -> torch.Tensor:
-    """The same, 0 for padding, scaled down where siblings would hold too much."""
-    probabilities = probabilities.masked_fill(~nodes.valid, 0.0)
-    parents = nodes.parents.long()
-    held = held_below(probabilities, parents).gather(1, parents)
-    return probabilities * (_MAX_SUM / held.clamp(min=_MAX_SUM))
-
-
-def held_below(
-    weights: torch.Tensor,  # [B, N]
-    parents: torch.Tensor,  # [B, N] int64, rows
-) -> torch.Tensor:
-    """What the children of every row hold together [B, N + 1]; row 0 is the root."""
-    rows = weights.new_zeros(len(weights), weights.shape[1] + 1)
-    return rows.scatter_add(1, parents, weights)
-
-
-def path_product(
-    below: torch.Tensor,  # [B, N] probability below the parent
-    parents: torch.Tensor,  # [B, N] int64, rows
-) -> torch.Tensor:
-    """The product along the path of every node [B, N], by pointer jumping."""
-    product = torch.nn.functional.pad(below, (1, 0), value=1.0)
-    pointer = torch.nn.functional.pad(parents, (1, 0))
-    for _ in range(parents.shape[1].bit_length()):
-        product = product * product.gather(1, pointer)
-        pointer = pointer.gather(1, pointer)
-    return product[:, 1:]
-
-
-def _path_all(
-    on: torch.Tensor,  # [B, N] bool
-    parents: torch.Tensor,  # [B, N] int64, rows
-) -> torch.Tensor:
-    """Whether all strict ancestors of every node are on [B, N] bool.
-
-    Pointer jumping: every round doubles the ancestors that are looked at.
-    """
-    path = torch.nn.functional.pad(on, (1, 0), value=True)
-    pointer = torch.nn.functional.pad(parents, (1, 0))
-    for _ in range(max(1, parents.shape[1]).bit_length()):
-        path = path & path.gather(1, pointer)
-        pointer = pointer.gather(1, pointer)
-    return path.gather(1, parents)

@@ -46,6 +46,26 @@ class GrownTrees(NamedTuple):
         return cls(none, none.int(), none.int(), none.float(), sizes, none.char())
 
 
+class ContextNodes(NamedTuple):
+    """Continuations of earlier occurrences, B tries padded to N nodes.
+
+    As ``ops.context_nodes`` returns them: node i is row i + 1, row 0 is the root,
+    parents come first, and of siblings the one with the longest match.
+    """
+
+    tokens: torch.Tensor  # [B, N] int64, -1 padded
+    parents: torch.Tensor  # [B, N] int32, row numbers
+    depths: torch.Tensor  # [B, N] int32, from 1; padding 0
+    matches: torch.Tensor  # [B, N] int32, tokens up to the root that agree
+    places: torch.Tensor  # [B, N] int32, occurrences that go on through the node
+    sizes: torch.Tensor  # [B] int32
+
+    @property
+    def valid(self) -> torch.Tensor:
+        """[B, N] bool, not padding."""
+        return self.depths > 0
+
+
 class TopK(NamedTuple):
     """The likeliest children of M nodes, likeliest first."""
 

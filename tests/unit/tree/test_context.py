@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from vllm_clover2 import ops
+from vllm_clover2.ops.calibration import path_product
 from vllm_clover2.tree import Calibration, ContextLimits
-from vllm_clover2.tree.context import ContextWalk, path_product
+from vllm_clover2.tree.context import ContextWalk
 
 
 def nodes_of(*texts: list[int], **limits: int):
@@ -54,7 +55,7 @@ def test_joint_is_the_product_along_the_path() -> None:
     for node in range(int(context.nodes.sizes[0])):
         above = joint[int(context.nodes.parents[0, node])]
         joint.append(above * float(context.alone[0, node]))
-    assert context.joint()[0, : len(joint) - 1].tolist() == pytest.approx(joint[1:])
+    assert context.joint[0, : len(joint) - 1].tolist() == pytest.approx(joint[1:])
     deep = torch.full((1, 40), 0.5)
     chain = torch.arange(40)[None]
     assert path_product(deep, chain)[0].tolist() == pytest.approx(
@@ -69,7 +70,7 @@ def test_what_happens_is_learned(rate: float) -> None:
     calibration = Calibration()
     nodes = nodes_of([7, 8, 9, 7], max_depth=1)
     assert nodes.tokens[0, 0] == 8
-    cells = calibration.cells(nodes)
+    cells = calibration.judge(nodes).cells
     before = calibration.judge(nodes_of([7, 8, 9, 1, 7, 8], max_depth=1))
     for _ in range(600):
         told = 8 if torch.rand((), generator=generator) < rate else 3
@@ -85,7 +86,7 @@ def test_a_node_is_tried_only_if_its_parent_came_true() -> None:
     nodes = nodes_of([7, 8, 9, 4, 7])
     paths = nodes.tokens[0, : int(nodes.sizes[0])].tolist()
     assert paths[:2] == [8, 9]
-    cells = calibration.cells(nodes)
+    cells = calibration.judge(nodes).cells
     before = calibration.judge(nodes).alone.clone()
     calibration.observe(walk_of(nodes, cells), torch.tensor([[1, 9]]))  # 8 did not
     after = calibration.judge(nodes).alone
@@ -98,7 +99,7 @@ def test_what_is_not_known_yet_teaches_nothing() -> None:
     nodes = nodes_of([7, 8, 9, 4, 7])
     before = calibration.judge(nodes)
     calibration.observe(
-        walk_of(nodes, calibration.cells(nodes)), torch.full((1, 3), -1)
+        walk_of(nodes, calibration.judge(nodes).cells), torch.full((1, 3), -1)
     )
     assert torch.equal(calibration.judge(nodes).alone, before.alone)
 
@@ -107,7 +108,7 @@ def test_weights_beside_a_head_follow_the_credit() -> None:
     """Of what came true the text explains a quarter: so much is its weight."""
     calibration = Calibration()
     nodes = nodes_of([7, 8, 9, 7], max_depth=1)
-    walk = walk_of(nodes, calibration.cells(nodes), credit=0.25)
+    walk = walk_of(nodes, calibration.judge(nodes).cells, credit=0.25)
     for _ in range(600):
         calibration.observe(walk, torch.tensor([[8]]))
     context = calibration.judge(nodes)
@@ -118,7 +119,7 @@ def test_weights_beside_a_head_follow_the_credit() -> None:
 def test_the_past_fades() -> None:
     calibration = Calibration()
     nodes = nodes_of([7, 8, 9, 7], max_depth=1)
-    walk = walk_of(nodes, calibration.cells(nodes))
+    walk = walk_of(nodes, calibration.judge(nodes).cells)
     for told in (8, 3):
         for _ in range(4000):
             calibration.observe(walk, torch.tensor([[told]]))
