@@ -21,6 +21,7 @@ FULL_GRAPHS = {
     "enforce_eager": False,
     "compilation_config": {"mode": 0, "cudagraph_mode": "FULL"},
 }
+WINDOW = {"hf_overrides": {"sliding_window": 64}}
 # Options of the engine, of the head; whether it is loaded or only configured.
 STARTS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "default": (BFLOAT16, {}, False),
@@ -31,9 +32,12 @@ STARTS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "backend without trees": ({"attention_backend": "FLEX_ATTENTION"}, {}, True),
     "head size 32": ({"model": "small"}, {"model": "small-head"}, True),
     "no compiled ops": ({}, {}, True),
+    "sliding window": (WINDOW, {}, False),
     "V2": ({}, {}, False),
     "V2, async": ({"async_scheduling": True}, {}, False),
     "V2, no head": ({}, {"model": "none"}, False),
+    "V2, sliding window": (WINDOW, {}, False),
+    "V2, sliding window, chain": (WINDOW, {"tree": "chain"}, False),
     "V2, sampled drafts": ({}, {"draft_sample_method": "probabilistic"}, False),
 }
 

@@ -131,6 +131,8 @@ def test_backend_on_blackwell(starts: dict[str, Any]) -> None:
         ("backend without trees", "- trees with the attention backend FLEX_ATTENTION"),
         ("head size 32", "- trees with head size 32 (known are 64, 80, 96, 128, 256)"),
         ("no compiled ops", "- trees on CUDA without the compiled CUDA ops"),
+        ("sliding window", "- sliding-window attention with trees on CUDA"),
+        ("V2, sliding window", "- sliding-window attention with trees on CUDA"),
         ("V2, sampled drafts", "- drafts that are sampled: clover2's trees are not"),
     ],
 )
@@ -140,7 +142,7 @@ def test_refused_at_start(name: str, reason: str, starts: dict[str, Any]) -> Non
 
 def test_runner_v2_is_asynchronous(starts: dict[str, Any]) -> None:
     """Where the user asks for it; other engines of these tests run on V1."""
-    for name in ("V2", "V2, async", "V2, no head"):
+    for name in ("V2", "V2, async", "V2, no head", "V2, sliding window, chain"):
         assert starts[name] == [True, True]
 
 

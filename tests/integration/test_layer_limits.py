@@ -59,7 +59,6 @@ def test_a_usual_layer_is_accepted() -> None:
         ({"use_mm_prefix": True}, "attention to both sides of a prefix"),
         ({"sinks": torch.zeros(4)}, "attention sinks"),
         ({"alibi_slopes": torch.ones(4)}, "ALiBi"),
-        ({"sliding_window": 64}, "a sliding window"),
         ({"chunk_lookback": 1}, "chunked attention"),
         ({"kv_sharing_target_layer_name": "layers.0"}, "KV shared between layers"),
         (
@@ -82,6 +81,14 @@ def test_what_tree_attention_cannot_compute(
         layer_limits.refuse_unsuitable_layers(layers, "cpu")
     assert '"tree": "chain"' in str(error.value)
     assert "(1 layers, the first is layers.1)" in str(error.value)
+
+
+def test_sliding_windows_are_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "backend", lambda _: "native")
+    layers = [attention_layer(), attention_layer(sliding_window=64)]
+    layer_limits.refuse_unsuitable_layers(layers, "cpu")
+    with pytest.raises(ValueError, match="trees with a sliding window on CUDA: .*1 la"):
+        layer_limits.refuse_unsuitable_layers(layers, "cuda")
 
 
 def test_layers_of_another_class() -> None:
@@ -132,18 +139,32 @@ def test_cuda_without_compiled_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     layer_limits.refuse_unsuitable_layers([attention_layer()], "cuda")
 
 
-def test_several_groups_of_kv() -> None:
-    def config(*kinds: str) -> Any:
-        groups = [SimpleNamespace(kv_cache_spec=type(kind, (), {})()) for kind in kinds]
-        return SimpleNamespace(kv_cache_groups=groups)
+def kv_groups(**groups: list[str]) -> Any:
+    """Groups of KV by the names of their kinds, with the names of their layers."""
+    return SimpleNamespace(
+        kv_cache_groups=[
+            SimpleNamespace(kv_cache_spec=type(kind, (), {})(), layer_names=names)
+            for kind, names in groups.items()
+        ]
+    )
 
-    layer_limits.refuse_several_kv_groups(config("FullAttentionSpec"))
+
+def test_several_groups_of_kv_on_model_runner_v2() -> None:
+    layer_limits.refuse_several_kv_groups(kv_groups(FullAttentionSpec=["a", "b"]))
     with pytest.raises(
-        ValueError, match=r"2 groups of KV cache \(FullAttentionSpec, S"
+        ValueError, match=r"2 groups of KV cache \(FullAttentionSpec, S.*Runner V2"
     ):
         layer_limits.refuse_several_kv_groups(
-            config("FullAttentionSpec", "SlidingWindowSpec")
+            kv_groups(FullAttentionSpec=["a"], SlidingWindowSpec=["b"])
         )
+
+
+def test_head_in_several_groups_of_kv() -> None:
+    groups = kv_groups(SlidingWindowSpec=["a"], FullAttentionSpec=["b"], Other=["c"])
+    layer_limits.refuse_scattered_head(groups, {"b"})
+    layer_limits.refuse_scattered_head(groups, frozenset())
+    with pytest.raises(ValueError, match="2 layers are in 2 groups.*disable_hybrid"):
+        layer_limits.refuse_scattered_head(groups, {"b", "c"})
 
 
 def test_layers_are_looked_at_when_a_model_is_loaded(

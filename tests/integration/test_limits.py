@@ -167,7 +167,9 @@ def test_quantized_kv_is_for_chains_only(target: Path, head: Path) -> None:
     engine_config(target, head, CHAIN, kv_cache_dtype="fp8")
 
 
-def test_sliding_window_is_for_chains_only(head: Path, tmp_path: Path) -> None:
+def test_sliding_windows_on_model_runner_v2_are_for_chains_only(
+    head: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = MistralConfig(
         vocab_size=512,
         hidden_size=128,
@@ -179,9 +181,15 @@ def test_sliding_window_is_for_chains_only(head: Path, tmp_path: Path) -> None:
     )
     MistralForCausalLM(config).save_pretrained(tmp_path)
     options = {"skip_tokenizer_init": True}
-    with pytest.raises(ValueError, match="sliding-window attention with trees"):
-        engine_config(tmp_path, head, **options)
-    engine_config(tmp_path, head, CHAIN, **options)
+    tree = engine_config(tmp_path, head, **options)
+    chain = engine_config(tmp_path, head, CHAIN, **options)
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
+    reason = "- sliding-window attention with trees on CUDA or Model Runner V2"
+    with pytest.raises(ValueError, match=reason):
+        refuse_unsupported(tree)
+    with pytest.raises(ValueError, match="- Model Runner V2 without CUDA") as error:
+        refuse_unsupported(chain)
+    assert "sliding" not in str(error.value)
 
 
 def test_prompt_embeddings_on_model_runner_v2(

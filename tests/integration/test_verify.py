@@ -107,10 +107,10 @@ def test_layout_of_prompts_chains_and_trees_in_one_step() -> None:
     positions = [15, 20, 21, 21, 22, 22, 22, 31, 32, 33, 8]
     assert batch.positions().tolist() == positions
 
-    block_table = torch.arange(8, dtype=torch.int32).view(4, 2)
-    rows = batch.tree_rows(block_table)
+    rows = batch.tree_rows()
     assert rows is not None
-    assert rows.block_table.tolist() == [[2, 3]]
+    block_table = torch.arange(8, dtype=torch.int32).view(4, 2)
+    assert rows.of(block_table).tolist() == [[2, 3]]
     assert rows.prefix_lens.tolist() == [20]
     assert rows.query_starts.tolist() == [16]
     assert rows.row_offsets.tolist() == [0, 6]
@@ -120,10 +120,11 @@ def test_layout_of_prompts_chains_and_trees_in_one_step() -> None:
 
 def test_only_trees() -> None:
     batch = VerifyBatch.build([TREE] * 2, np.array([5, 9]), np.array([6, 6]))
-    rows = batch.tree_rows(torch.zeros((2, 1), dtype=torch.int32))
+    rows = batch.tree_rows()
     assert rows is not None
     assert rows.covers_batch
     assert rows.row_offsets.tolist() == [0, 6, 12]
+    assert rows.of(torch.tensor([[4], [7], [0]])).tolist() == [[4], [7]]  # one unused
 
 
 def test_beside_a_tree_all_rows_are_attended_to_once() -> None:
@@ -133,7 +134,7 @@ def test_beside_a_tree_all_rows_are_attended_to_once() -> None:
         [chain, TREE, None], np.array([31, 20, 8]), np.array([3, 6, 1])
     )
     assert batch.tree_requests.tolist() == [1]
-    rows = batch.tree_rows(torch.zeros((3, 1), dtype=torch.int32))
+    rows = batch.tree_rows()
     assert rows is not None
     assert rows.covers_batch
     assert rows.prefix_lens.tolist() == [31, 20, 8]
@@ -145,19 +146,18 @@ def test_beside_a_tree_all_rows_are_attended_to_once() -> None:
 
 def test_without_a_tree_our_attention_takes_large_batches() -> None:
     batch = VerifyBatch.build([None] * 2, np.array([5, 9]), np.array([1, 1]))
-    block_table = torch.zeros((2, 1), dtype=torch.int32)
-    assert batch.tree_rows(block_table, 2.5) is None
-    rows = batch.tree_rows(block_table, 2)
+    assert batch.tree_rows(2.5) is None
+    rows = batch.tree_rows(2)
     assert rows is not None
     assert rows.covers_batch
     assert rows.prefix_lens.tolist() == [5, 9]
     assert rows.ancestors.tolist() == [0b1, 0b1]
     with_prompt = VerifyBatch.build([None] * 2, np.array([0, 9]), np.array([5, 1]))
-    assert with_prompt.tree_rows(block_table, 2) is None
+    assert with_prompt.tree_rows(2) is None
 
 
 def test_no_tree_at_all() -> None:
     batch = VerifyBatch.build([None, None], np.array([0, 4]), np.array([7, 1]))
-    assert batch.tree_rows(torch.zeros((2, 1), dtype=torch.int32)) is None
+    assert batch.tree_rows() is None
     assert batch.positions().tolist() == [6, 4]
     assert batch.max_depth == 0

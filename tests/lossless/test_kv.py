@@ -3,13 +3,15 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from engine_fixtures import Baseline, random_prompts
-from engines import Engine, EnginePool, first_difference
+from engines import Engine, EnginePool, Request, first_difference
 from planting import CommitSpy, Planter, with_truth
-from transformers import LlamaForCausalLM
+from tiny_models import save_other_target
+from transformers import AutoModelForCausalLM
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 
@@ -30,21 +32,32 @@ def cached_kv(engine: Engine, request_id: str) -> dict[str, torch.Tensor]:
     (key,) = (i for i in runner.requests if i.startswith(request_id))
     request = runner.requests[key]
     layers = get_layers_from_vllm_config(runner.vllm_config, Attention)
-    (blocks,) = request.block_ids  # one KV cache group
     positions = torch.arange(request.num_tokens - 1)  # the last token has no KV yet
-    block_size = engine.llm.llm_engine.vllm_config.cache_config.block_size
-    slots = torch.tensor(blocks)[positions // block_size] * block_size
-    slots += positions % block_size
-    return {
-        name: torch.stack(read_tokens(layer.kv_cache, kv_layout(layer), slots))
-        for name, layer in layers.items()
-    }
+    kv = {}
+    groups = runner.kv_cache_config.kv_cache_groups
+    for group, blocks in zip(groups, request.block_ids, strict=True):
+        block_size = group.kv_cache_spec.block_size
+        slots = torch.tensor(blocks)[positions // block_size] * block_size
+        slots += positions % block_size
+        for name in group.layer_names:
+            layer = layers[name]
+            tokens = read_tokens(layer.kv_cache, kv_layout(layer), slots)
+            kv[name] = torch.stack(tokens)
+    return kv
 
 
 def text_of(engine: Engine, request_id: str) -> list[int]:
     requests = engine.runner.requests
     (key,) = (i for i in requests if i.startswith(request_id))
     return [*requests[key].prompt_token_ids, *requests[key].output_token_ids]
+
+
+def waiting_rows(engine: Engine, request_id: str) -> int:
+    """Rows of the text for which the head was not asked yet."""
+    (key,) = (i for i in engine.runner.requests if i.startswith(request_id))
+    (rows,) = engine.runner.drafting.backlog.sizes([key])
+    assert rows >= 0
+    return int(rows)
 
 
 def running(engine: Engine) -> list[str]:
@@ -86,25 +99,73 @@ def test_caches_equal_those_of_a_fresh_pass(
     while commits.paths.total() < 8 * len(ids):  # verified trees
         engine.step()
     assert commits.moved > 20
+    assert_fresh(engine, fresh, target, head)
+
+
+def test_caches_behind_a_window(
+    engines: EnginePool,
+    head: Path,
+    plant: Callable[..., Planter],
+    commits: CommitSpy,
+    clean: Callable[[Engine], None],
+    tmp_path: Path,
+) -> None:
+    """The target's layers see 40 tokens, the draft's all of them."""
+    mistral = {"model_type": "mistral", "sliding_window": 40}
+    target = save_other_target(tmp_path, mistral)
+    options: dict[str, Any] = {"skip_tokenizer_init": True}
+    fresh = engines.get(target, enable_prefix_caching=False, **options)
+    options |= {"max_num_batched_tokens": 64, "max_num_seqs": 8}
+    engine = engines.get(target, head, block_size=32, **options)
+    assert len(engine.runner.kv_cache_config.kv_cache_groups) == 3
+    clean(engine)
+    clean(fresh)
+    requests = [r.replaced(max_tokens=200) for r in random_prompts(6, seed=72)]
+    expected = fresh.run(requests)
+    plant(seed=72)
+    for request in with_truth(requests, expected):
+        engine.add(request)
+    for _ in range(60):
+        engine.step()
+    assert commits.moved > 100
+    assert_fresh(engine, fresh, target, head, last=39)
+
+
+def assert_fresh(
+    engine: Engine,
+    plain: Engine,
+    target: Path,
+    head: Path,
+    last: int = 0,  # positions of the target's that are compared, 0: all
+) -> None:
+    """The engine's running requests have the KV of a fresh pass over their text."""
     draft_layers = engine.runner.drafter._draft_attn_layer_names
     compared = 0
     for request_id in running(engine):
         text = text_of(engine, request_id)
         ours = cached_kv(engine, request_id)
-        expected = fresh_kv(fresh, text, requests[0])
+        expected = fresh_kv(plain, text)
         for name, kv in expected.items():
-            torch.testing.assert_close(ours[name], kv, atol=TOLERANCE, rtol=TOLERANCE)
+            torch.testing.assert_close(
+                ours[name][:, -last:], kv[:, -last:], atol=TOLERANCE, rtol=TOLERANCE
+            )
         draft = recomputed_draft_kv(target, head, text)
         assert len(draft) == len(draft_layers) == 2
+        written = len(text) - 1 - waiting_rows(engine, request_id)
         for name, kv in zip(sorted(draft_layers), draft, strict=True):
-            torch.testing.assert_close(ours[name], kv, atol=TOLERANCE, rtol=TOLERANCE)
+            torch.testing.assert_close(
+                ours[name][:, :written],
+                kv[:, :written],
+                atol=TOLERANCE,
+                rtol=TOLERANCE,
+            )
         compared += 1
     assert compared >= 3
 
 
-def fresh_kv(engine: Engine, text: list[int], like: object) -> dict[str, torch.Tensor]:
+def fresh_kv(engine: Engine, text: list[int]) -> dict[str, torch.Tensor]:
     """KV of ``text`` without its last token, computed in one prefill."""
-    request_id = engine.add(type(like)(tuple(text[:-1]), {"max_tokens": 2}))
+    request_id = engine.add(Request(tuple(text[:-1]), {"max_tokens": 2}))
     engine.step()
     kv = cached_kv(engine, request_id)
     engine.abort(request_id)
@@ -116,7 +177,7 @@ def recomputed_draft_kv(
     target: Path, head: Path, text: list[int]
 ) -> list[torch.Tensor]:
     """K and V [2, positions, heads, D] of every draft layer, by the plain model."""
-    model = LlamaForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
     hidden: list[torch.Tensor] = []
     model.model.norm.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
     tokens = torch.tensor([text])

@@ -10,8 +10,7 @@ import torch
 from engine_fixtures import TINY, assert_exact, random_prompts
 from engines import EnginePool, assert_same
 from planting import CommitSpy, Planter, with_truth
-from tiny_models import save_random_head
-from transformers import AutoConfig, AutoModelForCausalLM
+from tiny_models import save_other_target, save_random_head
 
 TARGETS: dict[str, dict[str, Any]] = {
     "tied-llama": {"model_type": "llama", "tie_word_embeddings": True},
@@ -29,25 +28,6 @@ TARGETS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2"},  # biases
     "qwen3": {"model_type": "qwen3", "head_dim": 64},  # norms of queries and keys
 }
-
-
-def save_other_target(folder: Path, changes: dict[str, Any]) -> Path:
-    sizes = {
-        "vocab_size": TINY.vocab_size,
-        "hidden_size": TINY.hidden_size,
-        "intermediate_size": 2 * TINY.hidden_size,
-        "num_hidden_layers": 3,
-        "num_attention_heads": TINY.num_heads,
-        "num_key_value_heads": TINY.num_kv_heads,
-        "initializer_range": TINY.init,
-        "max_position_embeddings": 1024,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    torch.manual_seed(5)
-    config = AutoConfig.for_model(**(sizes | changes))
-    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("name", TARGETS)

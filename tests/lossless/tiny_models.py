@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from vllm_clover2.model import Clover2Config, Clover2Model
 from vllm_clover2.model.weights import save_head
@@ -76,6 +82,34 @@ def save_target(
     model.save_pretrained(folder)
     if shape.vocab_size >= 300:  # all bytes and a few merges
         _tokenizer(shape.vocab_size).save_pretrained(folder)
+    return folder
+
+
+def save_other_target(
+    folder: Path,
+    changes: dict[str, Any],  # of its config, ``model_type`` among them
+    embeddings: float = 1.0,  # factor, for those that are tied and scaled up
+) -> Path:
+    """Write a model of another architecture to ``folder``, without a tokenizer."""
+    shape = TinyModel()
+    sizes = {
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": 2 * shape.hidden_size,
+        "num_hidden_layers": 3,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "initializer_range": shape.init,
+        "max_position_embeddings": 1024,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+    }
+    torch.manual_seed(5)
+    config = AutoConfig.for_model(**(sizes | changes))
+    model = AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(embeddings)
+    model.save_pretrained(folder)
     return folder
 
 

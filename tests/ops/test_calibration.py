@@ -61,8 +61,6 @@ def test_kernels_do_what_the_references_do(
 def step(calibration: Calibration, nodes, credit, emitted):
     """Judge the nodes, then learn from what followed; returns what was judged."""
     context = calibration.judge(nodes)
-    walk = ContextWalk(
-        nodes.tokens, nodes.parents, nodes.depths, context.cells, credit
-    )
+    walk = ContextWalk(nodes.tokens, nodes.parents, nodes.depths, context.cells, credit)
     calibration.observe(walk, emitted)
     return context

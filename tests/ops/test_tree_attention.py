@@ -181,6 +181,17 @@ def test_sliding_window(run_op, layout, dtype, window) -> None:
     check(run_op, make_case(layout, dtype, Sizes()), window=window)
 
 
+@pytest.mark.parametrize("window", [1, 40])
+@pytest.mark.parametrize(("layout", "dtype"), STORAGES)
+def test_blocks_outside_the_window_are_not_read(run_op, layout, dtype, window) -> None:
+    """vLLM gives them to other requests."""
+    case = make_case(layout, dtype, Sizes(block_size=32), [200, 33, 31], [26, 5, 3])
+    for request, prefix in enumerate(case.prefixes):
+        left = max(prefix + 1 - window, 0) // 32
+        case.paged.cache[case.paged.block_table[request, :left].long()] = torch.nan
+    check(run_op, case, window=window)
+
+
 @pytest.mark.parametrize(("layout", "dtype"), STORAGES[2::3])
 def test_soft_cap(run_op, layout, dtype) -> None:
     check(run_op, make_case(layout, dtype, Sizes()), softcap=2.5)

@@ -24,21 +24,32 @@ _CPU_LAYOUTS = {"vec": KVLayout.VEC, "vec16": KVLayout.VEC, "amx": KVLayout.AMX}
 
 @dataclass(frozen=True)
 class TreeRows:
-    """The rows of a step that attend along a tree; T requests with R rows in all."""
+    """The rows of a step that attend along a tree; T requests with R rows in all.
 
-    block_table: torch.Tensor  # [T, max_blocks] int32
+    The same for every layer: where its KV lies, and how far back it sees, are the
+    layer's own.
+    """
+
+    requests: torch.Tensor | None  # [T] int64 rows of a block table; None: the first T
     prefix_lens: torch.Tensor  # [T] int32 committed positions before the root
     query_starts: torch.Tensor  # [T] int32 index of the root in the step's rows
     row_offsets: torch.Tensor  # [T + 1] int32
     ancestors: torch.Tensor  # [R] int64, bit j: row j is ancestor or self
     covers_batch: bool  # no other row needs attention
 
+    def of(self, block_table: torch.Tensor) -> torch.Tensor:
+        """Rows [T, max_blocks] of a step's block table."""
+        if self.requests is None:
+            return block_table[: len(self.prefix_lens)]
+        return block_table[self.requests]
+
 
 class TreeAttentionMixin:
     """``forward`` of an ``AttentionImpl``, with trees.
 
-    Expects of its parent: ``scale``, ``logits_soft_cap``, and that KV was written to
-    the cache before ``forward`` (``forward_includes_kv_cache_update = False``).
+    Expects of its parent: ``scale``, ``logits_soft_cap``, that KV was written to the
+    cache before ``forward`` (``forward_includes_kv_cache_update = False``), and that
+    metadata has the ``block_table`` of the layer's KV group.
     """
 
     def forward(
@@ -71,7 +82,7 @@ class TreeAttentionMixin:
                 query,
                 kv_cache,
                 kv_layout(layer),
-                trees.block_table,
+                trees.of(attn_metadata.block_table),
                 trees.prefix_lens,
                 trees.query_starts,
                 trees.row_offsets,
@@ -79,6 +90,7 @@ class TreeAttentionMixin:
                 self.scale,
                 output.view_as(query),
                 softcap=float(self.logits_soft_cap or 0.0),
+                sliding_window=layer.sliding_window or -1,
             )
         return output
 

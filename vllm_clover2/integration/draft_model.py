@@ -7,6 +7,7 @@ KV, is small, and is the same plain-PyTorch module that training uses, replicate
 every rank. Embeddings and output head are rows of the target's ``lm_head``.
 """
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import LlamaConfig
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import VllmConfig
+from vllm.config import CacheConfig, VllmConfig
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -24,7 +25,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
 )
-from vllm.model_executor.models.llama import LlamaDecoderLayer
+from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer
 from vllm.model_executor.models.utils import (
     AutoWeightsLoader,
     WeightsMapper,
@@ -49,6 +50,19 @@ from vllm_clover2.model.layers import (
 )
 from vllm_clover2.ops import Int8Weight, pack_int8
 from vllm_clover2.tree.types import TopK
+
+
+class _DraftAttention(LlamaAttention):
+    """vLLM's, over the whole text even if the target's layers have a window.
+
+    So heads are trained. And a draft's KV may be written long after the target's: in a
+    window its block might be another request's by then.
+    """
+
+    def __init__(self, *, cache_config: CacheConfig, **kwargs: Any) -> None:
+        whole = copy.copy(cache_config)
+        whole.sliding_window = None
+        super().__init__(cache_config=whole, **kwargs)
 
 
 class _DraftDecoderLayer(LlamaDecoderLayer):
@@ -83,6 +97,7 @@ class AugmentingBlock(nn.Module):
                 vllm_config,
                 prefix=maybe_prefix(prefix, f"layers.{first_layer + i}"),
                 config=llama_config,
+                attn_layer_type=_DraftAttention,
             )
             for i in range(config.num_hidden_layers)
         )

@@ -115,7 +115,7 @@ class ContextDrafter(Drafter):
     ``compat.patches.let_runner_make``).
     """
 
-    kv_cache_gid = 0  # trees are refused where the target's KV is several groups
+    kv_cache_gid = 0  # there is no KV of a draft to find by it
     _draft_attn_layer_names: frozenset[str] = frozenset()
 
     def __init__(self, vllm_config: VllmConfig) -> None:

@@ -2,10 +2,11 @@
 """Targets whose trees could not be verified, found when they have been loaded.
 
 Allowed is what tree attention computes: causal attention of a layer over KV of its own,
-in the model's dtype, by one of our backends, with or without a cap on the logits.
+in the model's dtype, by one of our backends, with or without a cap on the logits, and
+on the CPU with or without a sliding window.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ CUDA_HEAD_SIZES = (64, 80, 96, 128, 256)
 """Those that ``kernels/cuda/launch.h`` has tree attention for."""
 
 CHAIN = 'use "tree": "chain"'
+ONE_GROUP = "set disable_hybrid_kv_cache_manager, which makes one group of them"
 
 
 def refuse_unsuitable_layers(layers: Iterable[Any], device_type: str) -> None:
@@ -44,7 +46,7 @@ def refuse_unsuitable_layers(layers: Iterable[Any], device_type: str) -> None:
 
 
 def refuse_several_kv_groups(kv_cache_config: KVCacheConfig) -> None:
-    """Raise if the layers' KV is not one group, which has one block table.
+    """Raise if the layers' KV is not one group; for Model Runner V2.
 
     Raises:
         ValueError: names the kinds of KV.
@@ -53,10 +55,50 @@ def refuse_several_kv_groups(kv_cache_config: KVCacheConfig) -> None:
     groups = kv_cache_config.kv_cache_groups
     kinds = ", ".join(type(group.kv_cache_spec).__name__ for group in groups)
     reason = (
-        f"trees with {len(groups)} groups of KV cache ({kinds}): accepted rows are "
-        f"found and moved by one block table; {CHAIN}"
+        f"trees with {len(groups)} groups of KV cache ({kinds}) on Model Runner V2: "
+        f"accepted rows are moved by one block table; {CHAIN}"
     )
     refuse([reason] if len(groups) > 1 else [])
+
+
+def refuse_scattered_head(
+    kv_cache_config: KVCacheConfig, head_layers: Collection[str]
+) -> None:
+    """Raise if vLLM put the KV of a head's layers into several groups.
+
+    It fills up groups of equal size: with a target of fewer layers than the head, or
+    one that has windows in a few of its layers only.
+
+    Raises:
+        ValueError: tells the number of groups.
+
+    """
+    groups = kv_cache_config.kv_cache_groups
+    of_head = [g for g in groups if not set(head_layers).isdisjoint(g.layer_names)]
+    reason = (
+        f"a head whose {len(head_layers)} layers are in {len(of_head)} groups of KV "
+        f"cache: they share one block table; {ONE_GROUP}"
+    )
+    refuse([reason] if len(of_head) > 1 else [])
+
+
+def refuse_kv_with_gaps(layers: Iterable[Any], device_type: str) -> None:
+    """Raise for KV blocks that are padded, which kernels for the CPU do not know.
+
+    vLLM pads those of one group if the sizes of two do not divide.
+
+    Raises:
+        ValueError: tells the number of layers.
+
+    """
+    padded = [
+        layer.layer_name for layer in layers if not layer.kv_cache.is_contiguous()
+    ]
+    reason = (
+        f"trees with padded blocks of KV ({len(padded)} layers): those of a head and "
+        f"of its target differ in size; {ONE_GROUP}, or {CHAIN}"
+    )
+    refuse([reason] if padded and device_type == "cpu" else [])
 
 
 def _layer_limits(layer: Any, device_type: str) -> list[str]:
@@ -75,7 +117,9 @@ def _layer_limits(layer: Any, device_type: str) -> list[str]:
         "attention to both sides of a prefix": layer.use_mm_prefix,
         "attention sinks": impl.sinks is not None,
         "ALiBi": impl.alibi_slopes is not None,
-        "a sliding window": layer.sliding_window is not None,
+        "a sliding window on CUDA": (
+            layer.sliding_window is not None and device_type == "cuda"
+        ),
         "chunked attention": getattr(impl, "chunk_lookback", -1) != -1,
         "KV shared between layers": layer.kv_sharing_target_layer_name is not None,
         f"{dtype} KV beside {layer.dtype} queries": dtype != layer.dtype,

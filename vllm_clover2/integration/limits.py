@@ -79,9 +79,10 @@ def _tree_limits(vllm_config: VllmConfig) -> list[str]:
         'kv_cache_dtype="auto", or "tree": "chain"': is_quantized_kv_cache(
             vllm_config.cache_config.cache_dtype
         ),
-        "sliding-window attention with trees: the window would have to follow depths; "
-        'use "tree": "chain"': (
+        "sliding-window attention with trees on CUDA or Model Runner V2: no GPU has "
+        'shown that blocks outside the window are not read; use "tree": "chain"': (
             vllm_config.model_config.get_sliding_window() is not None
+            and (vllm_config.use_v2_model_runner or not current_platform.is_cpu())
         ),
     }
     return [reason for reason, found in limits.items() if found]

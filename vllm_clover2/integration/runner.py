@@ -72,11 +72,13 @@ class Clover2RunnerMixin:
             self.vllm_config,
             AttentionLayerBase,  # type: ignore[type-abstract]
         )
-        self._target_layers = [
-            layer for name, layer in layers.items() if name not in draft_layers
-        ]
+        self._target_layers = {
+            name: layer for name, layer in layers.items() if name not in draft_layers
+        }
         if self.drafter.options.tree != "chain":
-            layer_limits.refuse_unsuitable_layers(self._target_layers, self.device.type)
+            layer_limits.refuse_unsuitable_layers(
+                self._target_layers.values(), self.device.type
+            )
         logger.info(
             "clover2: %s, ops run %s",
             self.drafter.options,
@@ -86,9 +88,14 @@ class Clover2RunnerMixin:
     def initialize_kv_cache(
         self, kv_cache_config: Any, *args: Any, **kwargs: Any
     ) -> None:
-        if self.drafter.options.tree != "chain":
-            layer_limits.refuse_several_kv_groups(kv_cache_config)
+        layer_limits.refuse_scattered_head(
+            kv_cache_config, self.drafter._draft_attn_layer_names
+        )
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        if self.drafter.options.tree != "chain":
+            layer_limits.refuse_kv_with_gaps(
+                self._target_layers.values(), self.device.type
+            )
         block_size = self._draft_blocks.block_size
         self.drafting = Drafting(self.drafter, block_size, self.stats)
         # The same for all steps: it follows from the classes that were loaded.
@@ -116,7 +123,7 @@ class Clover2RunnerMixin:
 
     @property
     def _draft_blocks(self) -> Any:
-        """The block table of the KV group that the target, and a head, has."""
+        """The block table of the KV group that a head's layers are in."""
         return self.input_batch.block_table[self.drafter.kv_cache_gid]
 
     @torch.inference_mode()
@@ -204,9 +211,7 @@ class Clover2RunnerMixin:
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
         per_layer, common = super()._build_attention_metadata(*args, **kwargs)
         if self._batch is not None and common is not None:
-            trees = self._batch.tree_rows(
-                common.block_table_tensor, self._least_requests
-            )
+            trees = self._batch.tree_rows(self._least_requests)
             for metadata in {id(m): m for m in per_layer.values()}.values():
                 metadata.clover2_trees = trees
         return per_layer, common
@@ -227,16 +232,29 @@ class Clover2RunnerMixin:
             self.discard_request_mask.np[:num_reqs],
         )
         if len(batch.tree_requests):
-            step.commit(
-                self._target_layers,
-                self._draft_blocks.get_device_tensor(num_reqs),
-                torch.from_numpy(batch.root_positions).to(
-                    self.device, non_blocking=True
-                ),
-                self._accepted.paths,
-                self._accepted.lengths,
-            )
+            self._commit(batch, self._accepted)
         return self._accepted.output
+
+    def _commit(self, batch: VerifyBatch, accepted: AcceptedPaths) -> None:
+        """Move the accepted rows' KV, group by group: each has its own blocks."""
+        roots = torch.from_numpy(batch.root_positions).to(
+            self.device, non_blocking=True
+        )
+        for gid, group in enumerate(self.kv_cache_config.kv_cache_groups):
+            layers = [
+                self._target_layers[name]
+                for name in group.layer_names
+                if name in self._target_layers
+            ]
+            if layers:
+                blocks = self.input_batch.block_table[gid]
+                step.commit(
+                    layers,
+                    blocks.get_device_tensor(batch.num_requests),
+                    roots,
+                    accepted.paths,
+                    accepted.lengths,
+                )
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
         # For a request in the middle of its prompt the stock method rewinds the
@@ -446,40 +464,3 @@ class Clover2RunnerMixin:
             counts,
             next_tokens.astype(np.int64),
         )
-
-
-class Clover2WorkerMixin:
-    """What our CPU and CUDA workers add to vLLM's."""
-
-    def compile_or_warm_up_model(self) -> Any:
-        times = super().compile_or_warm_up_model()
-        self.model_runner.measure_cost()
-        return times
-
-    def clover2_stats(self) -> dict[str, int]:
-        """What was counted since the start, as ``/metrics`` shows it by labels.
-
-        Nodes verified and accepted by source, requests by what was drafted for them,
-        levels grown, and why some requests got less than a tree. For
-        ``LLM.collective_rpc("clover2_stats")``.
-        """
-        return self.model_runner.counts()
-
-    def clover2_step_milliseconds(self) -> dict[int, float]:
-        """Time of a step by its rows, measured at start and learned since.
-
-        Empty where trees are not adaptive. For
-        ``LLM.collective_rpc("clover2_step_milliseconds")``.
-        """
-        return self.model_runner.step_milliseconds()
-
-    def clover2_part_milliseconds(self) -> dict[str, float]:
-        """Times of the parts of one request's step, measured by this call.
-
-        ``target_1`` and ``target_N`` are the target over one row and over a tree's,
-        ``augment_N`` the augmenting block over N committed rows, ``grow`` a tree, both
-        only with a head. For ``LLM.collective_rpc("clover2_part_milliseconds")``,
-        between requests.
-        """
-        seconds = self.model_runner.measure_parts()
-        return {part: 1e3 * time for part, time in seconds.items()}

@@ -40,7 +40,7 @@ def accept(
 
 
 def commit(
-    layers: Sequence[Any],  # the target's attention layers
+    layers: Sequence[Any],  # attention layers of the target with one block table
     block_table: torch.Tensor,  # [R, max_blocks] int32
     root_positions: torch.Tensor,  # [R] int32
     paths: torch.Tensor,  # [R, max_depth] int32 accepted rows

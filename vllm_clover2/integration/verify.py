@@ -162,10 +162,8 @@ class VerifyBatch:
         depths = self.trees.depths
         return torch.from_numpy(roots).to(depths.device) + depths
 
-    def tree_rows(
-        self, block_table: torch.Tensor, least_requests: float = math.inf
-    ) -> TreeRows | None:
-        """What attends along trees; ``block_table`` [R, blocks] int32.
+    def tree_rows(self, least_requests: float = math.inf) -> TreeRows | None:
+        """What attends along trees.
 
         Beside a tree roots and chains are taken for trees as well, and without one
         where there are at least so many requests; unless there are prompt rows, which
@@ -178,19 +176,19 @@ class VerifyBatch:
             requests = np.arange(self.num_requests)
         elif not len(requests):
             return None
-        device = block_table.device
+        ancestors, among = self.trees.ancestors, None
+        device = ancestors.device
 
         def on_device(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(array).to(device, non_blocking=True)
 
         counts = self.row_counts[requests]
-        ancestors = self.trees.ancestors
         if len(requests) < self.num_requests:
-            block_table = block_table[on_device(requests)]
+            among = on_device(requests)
             in_tree = np.isin(np.arange(self.num_requests), requests)
             ancestors = ancestors[on_device(np.repeat(in_tree, self.row_counts))]
         return TreeRows(
-            block_table=block_table[: len(requests)],
+            requests=among,
             prefix_lens=on_device(self.root_positions[requests]),
             query_starts=on_device(self.root_query_rows[requests]),
             row_offsets=on_device(_offsets(counts)),

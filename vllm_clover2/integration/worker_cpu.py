@@ -8,7 +8,8 @@ parts of ``torch.cuda`` when it is imported.
 from vllm.v1.worker import cpu_worker
 
 from vllm_clover2.integration.attention import register_tree_backends
-from vllm_clover2.integration.runner import Clover2RunnerMixin, Clover2WorkerMixin
+from vllm_clover2.integration.runner import Clover2RunnerMixin
+from vllm_clover2.integration.worker import Clover2WorkerMixin
 
 
 class Clover2CPUModelRunner(Clover2RunnerMixin, cpu_worker.CPUModelRunner):

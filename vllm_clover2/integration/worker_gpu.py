@@ -7,7 +7,8 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_clover2.integration.attention import register_tree_backends
-from vllm_clover2.integration.runner import Clover2RunnerMixin, Clover2WorkerMixin
+from vllm_clover2.integration.runner import Clover2RunnerMixin
+from vllm_clover2.integration.worker import Clover2WorkerMixin
 
 
 class Clover2GPUModelRunner(Clover2RunnerMixin, GPUModelRunner):

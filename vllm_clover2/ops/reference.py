@@ -37,6 +37,7 @@ def tree_attention(
     Row r of request i is ``query[query_starts[i] + r]``. Its own and its ancestors' KV
     is in the cache at linear positions ``prefix + row``, while its *sequence* position
     is ``prefix + depth``; a window of w lets it see sequence positions > its own - w.
+    Blocks before the root's window are not read: they may be another request's by now.
     """
     starts, prefixes = query_starts.tolist(), prefix_lens.tolist()
     for i, (begin, end) in enumerate(
@@ -70,7 +71,10 @@ def _attend_one(
             "cache of the same layer"
         )
     device = query.device
-    positions = torch.arange(prefix + rows, device=device)
+    first = (
+        0 if sliding_window < 0 else min(max(prefix - sliding_window + 1, 0), prefix)
+    )
+    positions = torch.arange(first, prefix + rows, device=device)
     slots = _slots(block_table_row, positions, kv_cache.shape[2])
     keys, values = read_tokens(kv_cache, layout, slots)
     group = heads // keys.shape[1]
@@ -80,11 +84,12 @@ def _attend_one(
     bits = torch.arange(rows, device=device)
     related = (ancestors[:, None] >> bits) & 1 == 1  # [rows, rows]
     visible = torch.cat(
-        (torch.ones(rows, prefix, dtype=torch.bool, device=device), related), dim=1
+        (torch.ones(rows, prefix - first, dtype=torch.bool, device=device), related),
+        dim=1,
     )
     if sliding_window >= 0:
         row_positions = prefix + related.sum(dim=1) - 1
-        key_positions = torch.cat((positions[:prefix], row_positions))
+        key_positions = torch.cat((positions[: prefix - first], row_positions))
         visible &= key_positions > row_positions[:, None] - sliding_window
 
     scores = torch.einsum("rhd,khd->hrk", query.float(), keys) * scale

@@ -114,17 +114,17 @@ class Clover2ModelState(DefaultModelState):
             input_batch, cudagraph_mode, block_tables, *args, **kwargs
         )
         if self._branches and input_batch.num_draft_tokens:
-            trees = self._tree_rows(input_batch, block_tables[0])
+            trees = self._tree_rows(input_batch)
             for metadata in {id(m): m for m in per_layer.values()}.values():
                 metadata.clover2_trees = trees
         return per_layer
 
-    def _tree_rows(self, batch: InputBatch, block_table: torch.Tensor) -> TreeRows:
+    def _tree_rows(self, batch: InputBatch) -> TreeRows:
         """All rows with logits as trees; one that has no drafts is a mere root."""
         roots = batch.logits_indices[batch.cu_num_logits[:-1]]
         rows = self._trees.rows(batch.expanded_idx_mapping, batch.expanded_local_pos)
         return TreeRows(
-            block_table=block_table[: batch.num_reqs],
+            requests=None,
             prefix_lens=batch.positions[roots].int(),
             query_starts=roots.int(),
             row_offsets=batch.cu_num_logits,
