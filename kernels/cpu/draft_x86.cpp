@@ -140,6 +140,7 @@ void multiply_rows(const int8_t* inputs, const int32_t*, int64_t depth,
           _mm256_loadu_si256(static_cast<const __m256i*>(bytes)), zero);
       size[v] = _mm256_abs_epi8(weight[v]);
     }
+    __builtin_prefetch(weights + kAhead);
     weights += kGroupOutputs * kBytesPerWord;
 #pragma GCC unroll 4
     for (int row = 0; row < kRows; ++row) {

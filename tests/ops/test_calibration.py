@@ -28,7 +28,7 @@ def told(nodes, steps: int, generator: torch.Generator) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("requests", [1, 6])
-@pytest.mark.parametrize("nodes", [0, 1, 64])
+@pytest.mark.parametrize("nodes", [1, 64])
 @pytest.mark.parametrize("seed", range(3))
 def test_kernels_do_what_the_references_do(
     requests: int, nodes: int, seed: int, monkeypatch: pytest.MonkeyPatch
@@ -55,7 +55,7 @@ def test_kernels_do_what_the_references_do(
             torch.testing.assert_close(getattr(found, name), getattr(expected, name))
         torch.testing.assert_close(kernels._counts, references._counts)
         torch.testing.assert_close(kernels._values, references._values)
-    assert nodes == 0 or not torch.equal(kernels._values, Calibration()._values)
+    assert not torch.equal(kernels._values, Calibration()._values)
 
 
 def step(calibration: Calibration, nodes, credit, emitted):
