@@ -134,7 +134,7 @@ class Drafting:
         growth, augmented = self._grow(step, context, plan)
         self._remember_walk(step, context, growth.walk)
         growth = growth._replace(
-            trees=self._sized(ids, known, waiting, plan, growth, augmented, next_work)
+            trees=self._sized(ids, known, waiting, plan, growth, next_work)
         )
         return self._ended(step, growth, augmented)
 
@@ -223,16 +223,12 @@ class Drafting:
         waiting: np.ndarray,
         plan: Plan,
         growth: Growth,
-        augmented: int,
         work: Work,
     ) -> GrownTrees:
         """The trees, cut to what pays."""
         trees = growth.trees
         if self.chooser is not None:
             joint = trees.joint.exp().cpu().numpy()
-            drafting = self.chooser.cost.drafting(
-                augmented, growth.levels, growth.asked
-            )
             if plan.ask.any() and not self.grower.options.has_fixed_shape:
                 self.chooser.learn_gain(
                     plan,
@@ -243,7 +239,7 @@ class Drafting:
                     growth.levels,
                     growth.asked,
                 )
-            sizes = self.chooser.sizes(ids, joint, work, drafting)
+            sizes = self.chooser.sizes(ids, joint, work)
             trees = trees._replace(sizes=torch.from_numpy(sizes).int())
             could = (joint > 0.0).any(axis=1) | (waiting >= 0) & ~plan.ask
             self.held_back = int((could & (sizes == 0)).sum())
@@ -305,6 +301,8 @@ class Drafting:
             )
             seconds = self.clock.end()
             predicted = self.chooser.cost.observe(work, seconds)
+            tokens = sum(map(len, step.emitted))
+            self.chooser.earned(len(step.requests), tokens, work, seconds)
             self.stats.observe(PREDICTED_RATIO, predicted / seconds)
         return growth.trees
 

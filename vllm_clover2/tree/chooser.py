@@ -4,11 +4,14 @@
 A verified node costs time whether it is accepted or not, and so does asking the head.
 With one request a target pass is bound by reading weights and more rows are nearly
 free; with many every row counts, and the best choice may be to draft nothing. Every
-step therefore maximises the expected tokens per second of the next one over the whole
-batch: candidates count with the probability that they are accepted, time is what
-:class:`~vllm_clover2.tree.step_cost.StepCost` predicts. What the head would add is
-only known after it was asked, so it is remembered from when it last was; while it is
-not asked it is probed now and then.
+step therefore maximises what it is expected to yield less what its time is worth:
+candidates count with the probability that they are accepted, time is what
+:class:`~vllm_clover2.tree.step_cost.StepCost` predicts, and a second is worth the tokens
+that steps have lately brought in one. (To maximise each step's own tokens per second
+would draft too much where little is to be gained and too little where much is: the
+long-run rate is largest if every step has the same price of time, that rate; Dinkelbach,
+1967.) What the head would add is only known after it was asked, so it is remembered
+from when it last was; while it is not asked it is probed now and then.
 """
 
 import dataclasses
@@ -21,8 +24,10 @@ from vllm_clover2.tree.step_cost import StepCost, Work
 _GAIN_MEMORY = 0.05
 """Share of a new observation in the running averages of what the head adds."""
 _MARGIN = 0.01
-"""A change of mind needs so much more speed: the head's KV is made up for when it is
-asked again, and predictions are noisy."""
+"""A change of mind must be worth so much of a step: the head's KV is made up for when it
+is asked again, and predictions are noisy."""
+_PACE_MEMORY = 0.03
+"""Share of the last step in the running average of what a second brings."""
 _FIRST_PROBE, _LAST_PROBE = 16, 256
 """Steps without the head after which it is asked on trial, doubling while it loses."""
 _PROBED = 4
@@ -55,6 +60,19 @@ class _HeadGain:
             setattr(self, name, old + _GAIN_MEMORY * (value - old))
 
 
+@dataclass
+class _Pace:
+    """Tokens that steps gave, as seconds of steps without drafts, and their own."""
+
+    earned: float = 0.0
+    spent: float = 0.0
+
+    def learn(self, earned: float, spent: float) -> None:
+        """Take a step in."""
+        self.earned += _PACE_MEMORY * (earned - self.earned)
+        self.spent += _PACE_MEMORY * (spent - self.spent)
+
+
 @dataclass(frozen=True)
 class Plan:
     """The decision before anything is grown."""
@@ -71,7 +89,9 @@ class Chooser:
 
     def __init__(self, cost: StepCost) -> None:
         self.cost = cost
-        self._gains: dict[int, _HeadGain] = {}  # by bit length of the batch size
+        # Both by the bit length of the batch size.
+        self._gains: dict[int, _HeadGain] = {}
+        self._paces: dict[int, _Pace] = {}
         self._asking = True
         self._trust: dict[str, np.ndarray] = {}  # by request: [expected, accepted]
 
@@ -93,6 +113,32 @@ class Chooser:
         """The request is gone."""
         self._trust.pop(request, None)
 
+    # What a second is worth
+
+    def rate(self, work: Work) -> float:
+        """Tokens that a second is worth to the requests of a step without drafts.
+
+        What it has lately brought batches of such a size; at least what steps without
+        drafts bring.
+        """
+        requests = work.rows - work.prompt
+        pace = self._paces.get(requests.bit_length())
+        faster = pace.earned / pace.spent if pace is not None else 1.0
+        return max(1.0, faster) * requests / self._plain_seconds(requests, work)
+
+    def earned(self, requests: int, tokens: int, work: Work, seconds: float) -> None:
+        """Learn that a step gave so many requests so many tokens.
+
+        Steps with rows of prompts tell nothing: their time buys more than tokens.
+        """
+        if requests and not work.prompt:
+            plain = self._plain_seconds(requests, work)
+            pace = self._paces.setdefault(requests.bit_length(), _Pace(plain, plain))
+            pace.learn(plain * tokens / requests, seconds)
+
+    def _plain_seconds(self, requests: int, work: Work) -> float:
+        return self.cost.seconds(Work(requests, 0, work.context))
+
     # Before growing
 
     def plan(
@@ -107,16 +153,16 @@ class Chooser:
         gain = self._gain(len(requests))
         trust = self.trust(requests)
         times = self.cost.table(work, 64 * len(requests))
-        expected, nodes = best_nodes(context * trust[:, None], len(requests), times)
-        rate = (len(requests) + expected) / times[nodes]
+        rate = self.rate(work)
+        expected, nodes = best_nodes(context * trust[:, None], times, rate)
 
         value = np.where(backlog >= 0, open_ * trust, 0.0)
         order = np.argsort(-value, kind="stable")
-        count, faster = self._best_count(
-            value[order], backlog[order], gain, len(requests) + expected, nodes, times
+        count, more = self._best_count(
+            value[order], backlog[order], gain, nodes, times, rate
         )
         margin = -_MARGIN if self._asking else _MARGIN
-        self._asking = count > 0 and faster / rate > 1.0 + margin
+        self._asking = count > 0 and more > margin * rate * times[nodes]
         if not self._asking:
             count = self._probe(gain, int((value > 0).sum()))
         else:
@@ -144,11 +190,11 @@ class Chooser:
         value: np.ndarray,  # [B] falling
         backlog: np.ndarray,  # [B]
         gain: _HeadGain,
-        tokens: float,  # expected without the head
-        nodes: int,
+        nodes: int,  # verified without the head
         times: np.ndarray,
+        rate: float,
     ) -> tuple[int, float]:
-        """Of how many requests to ask for, and the expected tokens per second."""
+        """Of how many requests to ask for, and the net gain in tokens."""
         useful = int((value > 0.0).sum())
         if not useful:
             return 0, 0.0
@@ -160,9 +206,9 @@ class Chooser:
         draft = fixed + rows * cost.row + counts * gain.nodes * cost.node
         where = np.minimum(nodes + mass * gain.rows, len(times) - 1)
         passes = np.interp(where, np.arange(len(times)), times)
-        rates = (tokens + mass * gain.tokens) / (passes + draft)
-        best = int(rates.argmax())
-        return best + 1, float(rates[best])
+        more = mass * gain.tokens - rate * (passes - times[nodes] + draft)
+        best = int(more.argmax())
+        return best + 1, float(more[best])
 
     def _probe(self, gain: _HeadGain, useful: int) -> int:
         """Of how many requests to ask for on trial; mostly none."""
@@ -180,12 +226,11 @@ class Chooser:
         requests: list[str],
         joint: np.ndarray,  # [B, N] probabilities of the nodes, falling; 0: none
         work: Work,  # of the next step without drafts
-        drafting: float,  # seconds that drafting takes, every step about the same
     ) -> np.ndarray:
         """Nodes to verify of each request [B] int64: a prefix of its list."""
         weighted = joint * self.trust(requests)[:, None]
-        times = self.cost.table(work, joint.size) + drafting
-        _, count = best_nodes(weighted, len(requests), times)
+        times = self.cost.table(work, joint.size)
+        _, count = best_nodes(weighted, times, self.rate(work))
         if not count:
             return np.zeros(len(requests), dtype=np.int64)
         least = np.partition(weighted, -count, axis=None)[-count]
@@ -202,15 +247,13 @@ class Chooser:
         nodes: int,
     ) -> None:
         """Learn what asking the head has added."""
-        times = self.cost.table(work, joint.size)
-        requests = len(open_)
-        before, rows_before = best_nodes(context, requests, times)
-        after, rows = best_nodes(joint, requests, times)
+        times, rate = self.cost.table(work, joint.size), self.rate(work)
+        before, rows_before = best_nodes(context, times, rate)
+        after, rows = best_nodes(joint, times, rate)
         mass = float(open_[plan.ask].sum())
         if mass > 0.0:
             tokens = after - before
-            rate = (requests + before) / times[rows_before]
-            self._gain(requests).learn(
+            self._gain(len(open_)).learn(
                 tokens=tokens / mass,
                 net=(tokens - rate * (times[rows] - times[rows_before])) / mass,
                 rows=(rows - rows_before) / mass,
@@ -221,14 +264,14 @@ class Chooser:
 
 def best_nodes(
     joint: np.ndarray,  # [B, N] probabilities that nodes are accepted, 0: none
-    requests: int,
     times: np.ndarray,  # [n + 1] seconds of a step with so many nodes
+    rate: float,  # tokens that a second is worth
 ) -> tuple[float, int]:
-    """Expected accepted tokens, and nodes, with the best yield per second.
+    """Expected accepted tokens, and nodes, where these are worth most beyond their time.
 
-    The step yields a token per request and, expected, the nodes' probabilities.
+    Expected of a node is its probability.
     """
     candidates = np.sort(joint[joint > 0.0])[::-1][: len(times) - 1]
     expected = np.concatenate([[0.0], candidates.cumsum()])
-    best = int(((requests + expected) / times[: len(expected)]).argmax())
+    best = int((expected - rate * times[: len(expected)]).argmax())
     return float(expected[best]), best

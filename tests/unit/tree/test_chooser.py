@@ -38,16 +38,17 @@ def falling(rng: np.random.Generator, requests: int, nodes: int) -> np.ndarray:
 def test_sizes_are_the_best_of_all(curve: str, seed: int) -> None:
     rng, cost = RNG(seed), CURVES[curve]
     joint = falling(rng, 3, 5)
-    work, drafting = Work(3, 0, 0), 2e-3
-    sizes = Chooser(cost).sizes(list("abc"), joint, work, drafting)
-    times = cost.table(work, joint.size) + drafting
+    work, chooser = Work(3, 0, 0), Chooser(cost)
+    sizes = chooser.sizes(list("abc"), joint, work)
+    times, rate = cost.table(work, joint.size), chooser.rate(work)
+    assert rate == pytest.approx(3 / times[0])
 
-    def rate(choice: tuple[int, ...]) -> float:
+    def worth(choice: tuple[int, ...]) -> float:
         expected = sum(joint[row, :n].sum() for row, n in enumerate(choice))
-        return (3 + expected) / times[sum(choice)]
+        return expected - rate * times[sum(choice)]
 
-    best = max(itertools.product(range(6), repeat=3), key=rate)
-    assert rate(tuple(sizes)) == pytest.approx(rate(best))
+    best = max(itertools.product(range(6), repeat=3), key=worth)
+    assert worth(tuple(sizes)) == pytest.approx(worth(best))
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -55,12 +56,65 @@ def test_best_nodes_on_noisy_times(seed: int) -> None:
     rng = RNG(seed)
     joint = falling(rng, 4, 9)
     times = np.maximum.accumulate(rng.random(37)) + 0.5
-    expected, count = best_nodes(joint, 4, times)
+    expected, count = best_nodes(joint, times, rate=4.0)
     ordered = np.sort(joint.ravel())[::-1]
-    rates = [
-        (4 + ordered[:n].sum()) / times[n] for n in range(int((ordered > 0).sum()) + 1)
+    worth = [
+        ordered[:n].sum() - 4.0 * times[n] for n in range(int((ordered > 0).sum()) + 1)
     ]
-    assert (4 + expected) / times[count] == pytest.approx(max(rates))
+    assert expected - 4.0 * times[count] == pytest.approx(max(worth))
+
+
+def steps(count: int):
+    """Drafts of one request whose text repeats itself now and then."""
+    rng = RNG(0)
+    for _ in range(count):
+        base = 0.97 if rng.random() < 0.2 else 0.55
+        yield base ** np.arange(1.0, 33.0)[None]
+
+
+@pytest.mark.parametrize("curve", ["steep as on a CPU", "flat, then steep"])
+def test_over_many_steps_it_is_as_fast_as_can_be(curve: str) -> None:
+    """And faster than each step at its own best."""
+    cost, work = CURVES[curve], Work(1, 0, 0)
+    times = cost.table(work, 32)
+
+    def speed(choose) -> float:
+        tokens = seconds = 0.0
+        for joint in steps(2000):
+            nodes = choose(joint)
+            got, took = 1.0 + joint[0, :nodes].sum(), times[nodes]
+            tokens, seconds = tokens + got, seconds + took
+            chooser.earned(1, got, work, took)
+        return tokens / seconds
+
+    def fixed(rate: float):
+        return lambda joint: best_nodes(joint, times, rate)[1]
+
+    chooser = Chooser(cost)
+    ours = speed(lambda joint: int(chooser.sizes(["a"], joint, work)[0]))
+    greedy = speed(
+        lambda joint: int(((1 + joint.cumsum().astype(float)) / times[1:]).argmax()) + 1
+    )
+    best = max(speed(fixed(rate)) for rate in np.linspace(0.5, 3.0, 26) / times[0])
+    assert ours > 0.99 * best
+    assert ours > 1.01 * greedy
+
+
+def test_prompts_do_not_change_what_a_second_is_worth() -> None:
+    chooser = Chooser(CURVES["steep as on a CPU"])
+    before = chooser.rate(Work(4, 0, 0))
+    for _ in range(100):
+        chooser.earned(4, 4, Work(304, 300, 0), 1.0)
+    assert chooser.rate(Work(4, 0, 0)) == before
+    assert chooser.rate(Work(304, 300, 0)) == before
+    for _ in range(100):
+        chooser.earned(4, 4, Work(4, 0, 0), 1.0)  # slower than without drafts
+    assert chooser.rate(Work(4, 0, 0)) == before
+    for _ in range(400):
+        chooser.earned(4, 12, Work(9, 0, 0), 2 * 4 / before)
+    assert chooser.rate(Work(5, 0, 0)) == pytest.approx(
+        1.5 * 5 / chooser.cost.seconds(Work(5, 0, 0)), rel=0.01
+    )
 
 
 def ids(count: int) -> list[str]:
@@ -184,7 +238,7 @@ def test_requests_are_trusted_by_what_became_of_their_drafts() -> None:
     assert bad < new == 1.0 < good
     joint = np.tile(np.array([0.5, 0.3, 0.2, 0.1, 0.05]), (2, 1))
     joint = np.repeat(joint, 4, axis=1)
-    sizes = chooser.sizes(["good", "bad"], joint, Work(2, 0, 0), 0.0)
+    sizes = chooser.sizes(["good", "bad"], joint, Work(2, 0, 0))
     assert sizes[0] > sizes[1]
     chooser.forget("bad")
     assert chooser.trust(["bad"]) == 1.0
