@@ -6,12 +6,12 @@ With one request a target pass is bound by reading weights and more rows are nea
 free; with many every row counts, and the best choice may be to draft nothing. Every
 step therefore maximises what it is expected to yield less what its time is worth:
 candidates count with the probability that they are accepted, time is what
-:class:`~vllm_clover2.tree.step_cost.StepCost` predicts, and a second is worth the tokens
-that steps have lately brought in one. (To maximise each step's own tokens per second
-would draft too much where little is to be gained and too little where much is: the
-long-run rate is largest if every step has the same price of time, that rate; Dinkelbach,
-1967.) What the head would add is only known after it was asked, so it is remembered
-from when it last was; while it is not asked it is probed now and then.
+:class:`~vllm_clover2.tree.step_cost.StepCost` predicts, and a second is worth the
+tokens that steps have lately brought in one. (To maximise each step's own tokens per
+second would draft too much where little is to be gained and too little where much is:
+the long-run rate is largest if every step has the same price of time, that rate;
+Dinkelbach, 1967.) What the head would add is only known after it was asked, so it is
+remembered from when it last was; while it is not asked it is probed now and then.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from vllm_clover2.tree.step_cost import StepCost, Work
 _GAIN_MEMORY = 0.05
 """Share of a new observation in the running averages of what the head adds."""
 _MARGIN = 0.01
-"""A change of mind must be worth so much of a step: the head's KV is made up for when it
-is asked again, and predictions are noisy."""
+"""A change of mind must be worth so much of a step: the head's KV is made up for when
+it is asked again, and predictions are noisy."""
 _PACE_MEMORY = 0.03
 """Share of the last step in the running average of what a second brings."""
 _FIRST_PROBE, _LAST_PROBE = 16, 256
@@ -267,7 +267,7 @@ def best_nodes(
     times: np.ndarray,  # [n + 1] seconds of a step with so many nodes
     rate: float,  # tokens that a second is worth
 ) -> tuple[float, int]:
-    """Expected accepted tokens, and nodes, where these are worth most beyond their time.
+    """Expected accepted tokens, and nodes, that are worth most beyond their time.
 
     Expected of a node is its probability.
     """
