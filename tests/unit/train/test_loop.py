@@ -18,8 +18,9 @@ from training_runs import ACCEPTANCE_FLOOR, acceptance, changed, run_until
 from vllm_clover2.model.weights import load_head
 from vllm_clover2.train.config import TrainConfig
 from vllm_clover2.train.data import pack
-from vllm_clover2.train.loop import Trainer, frequent_tokens, train
+from vllm_clover2.train.loop import Trainer, train
 from vllm_clover2.train.optimizers import lr_factor
+from vllm_clover2.train.start import frequent_tokens
 
 
 @pytest.mark.slow
