@@ -92,6 +92,7 @@ def test_contents_of_the_source_archive(source_archive: Path) -> None:
 def test_contents_of_the_wheel(wheel: Path) -> None:
     version = vllm_clover2.__version__
     assert wheel.name.startswith(f"vllm_clover2-{version}-cp311-abi3-linux_")
+    sources = set(run("git", "ls-files", "--", "vllm_clover2", cwd=REPO).split())
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         for file in SHIPPED.rglob("*.*"):
@@ -99,10 +100,9 @@ def test_contents_of_the_wheel(wheel: Path) -> None:
             assert packed == file.read_bytes()
         about = f"vllm_clover2-{version}.dist-info"
         entry_points = archive.read(f"{about}/entry_points.txt").decode()
-    assert "vllm_clover2/shipped_heads/smollm2-135m-instruct/config.json" in names
-    assert {"vllm_clover2/ops/_C.abi3.so", "vllm_clover2/py.typed"} <= names
-    assert "vllm_clover2/explain/page.html" in names
-    assert f"{about}/licenses/LICENSE" in names
+    # Code and data: heads, prompts, the page of explain, py.typed.
+    assert not sources - names
+    assert {"vllm_clover2/ops/_C.abi3.so", f"{about}/licenses/LICENSE"} <= names
     assert "[vllm.general_plugins]" in entry_points
     assert "vllm-clover2 = vllm_clover2.cli:main" in entry_points
     assert {name.partition("/")[0] for name in names} == {"vllm_clover2", about}
