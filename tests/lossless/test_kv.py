@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_fixtures import Baseline, random_prompts
-from engines import Engine, EnginePool, first_difference
+from engines import Engine, EnginePool, Request, first_difference
 from planting import CommitSpy, Planter, with_truth
 from transformers import LlamaForCausalLM
 from vllm.config import get_layers_from_vllm_config
@@ -66,6 +66,7 @@ def clean(engines: EnginePool) -> Iterator[Callable[[Engine], None]]:
 def test_caches_equal_those_of_a_fresh_pass(
     budget: int,
     engines: EnginePool,
+    clover2: Callable[..., Engine],
     target: Path,
     head: Path,
     baseline: Baseline,
@@ -77,7 +78,7 @@ def test_caches_equal_those_of_a_fresh_pass(
     options = {"block_size": 32, "max_num_batched_tokens": budget}
     if budget == 64:
         options["max_num_seqs"] = 8
-    engine = engines.get(target, head, **options)
+    engine = clover2(**options)
     fresh = engines.get(target, enable_prefix_caching=False)
     clean(engine)
     clean(fresh)
@@ -91,7 +92,7 @@ def test_caches_equal_those_of_a_fresh_pass(
     for request_id in running(engine):
         text = text_of(engine, request_id)
         ours = cached_kv(engine, request_id)
-        expected = fresh_kv(fresh, text, requests[0])
+        expected = fresh_kv(fresh, text)
         for name, kv in expected.items():
             torch.testing.assert_close(ours[name], kv, atol=TOLERANCE, rtol=TOLERANCE)
         draft = recomputed_draft_kv(target, head, text)
@@ -102,9 +103,9 @@ def test_caches_equal_those_of_a_fresh_pass(
     assert compared >= 3
 
 
-def fresh_kv(engine: Engine, text: list[int], like: object) -> dict[str, torch.Tensor]:
+def fresh_kv(engine: Engine, text: list[int]) -> dict[str, torch.Tensor]:
     """KV of ``text`` without its last token, computed in one prefill."""
-    request_id = engine.add(type(like)(tuple(text[:-1]), {"max_tokens": 2}))
+    request_id = engine.add(Request(tuple(text[:-1]), {"max_tokens": 2}))
     engine.step()
     kv = cached_kv(engine, request_id)
     engine.abort(request_id)
@@ -131,9 +132,7 @@ def recomputed_draft_kv(
 
 
 def test_without_commit_the_text_differs(
-    engines: EnginePool,
-    target: Path,
-    head: Path,
+    clover2: Callable[..., Engine],
     baseline: Baseline,
     plant: Callable[..., Planter],
     monkeypatch: pytest.MonkeyPatch,
@@ -151,7 +150,7 @@ def test_without_commit_the_text_differs(
     requests = random_prompts(8, seed=71)
     expected = baseline(requests)
     # Without prefix caching: the wrong blocks must not reach other tests.
-    engine = engines.get(target, head, enable_prefix_caching=False)
+    engine = clover2(enable_prefix_caching=False)
     plant(seed=71)
     actual = engine.run(with_truth(requests, expected))
     left_at = [

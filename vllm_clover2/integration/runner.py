@@ -59,6 +59,7 @@ class Clover2RunnerMixin:
         self.stats = stats.WorkerStats(depth)
         self.drafts = DraftStore(self.stats.counts)
         self._batch: VerifyBatch | None = None
+        self._sampling: RequestSampling | None = None
         self._accepted: AcceptedPaths | None = None
 
     # Set-up
@@ -200,10 +201,12 @@ class Clover2RunnerMixin:
     def _sample(self, logits: torch.Tensor, spec_decode_metadata: Any) -> Any:
         batch = self._batch
         num_reqs = self.input_batch.num_reqs
+        if self._sampling is None or not self._sampling.holds_for(self.input_batch):
+            self._sampling = RequestSampling(self.input_batch)
         self._accepted = accept_paths(
             self.sampler,
             logits,
-            RequestSampling(self.input_batch),
+            self._sampling,
             batch,
             self.discard_request_mask.np[:num_reqs],
         )
