@@ -18,8 +18,8 @@ NEAR_TIE = 4 * 2**-4
 
 @pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() == "AVX2",
-    reason="without AVX-512 vLLM's attention rounds bf16 in its own way: most texts "
-    "differ, at margins of up to five steps",
+    # Most texts differ, at margins of up to five steps.
+    reason="without AVX-512 vLLM's attention rounds bf16 in its own way",
 )
 @pytest.mark.parametrize("nodes", [5, 25, 63])
 def test_text_differs_only_at_near_ties(

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands in the README, in docs/ and in the cards of heads are ones that exist, and
-links between documents lead somewhere.
+"""Commands in the README, in docs/ and in the cards of heads are ones that exist, links
+between documents lead somewhere, and tables are complete.
 """
 
+import ast
 import functools
 import json
 import re
@@ -102,6 +103,32 @@ def test_every_patch_is_registered() -> None:
         r"^\| `(_\w+)`", (REPO / "docs/developing.md").read_text(), re.M
     )
     assert made == listed
+
+
+def skip_reasons() -> set[str]:
+    """The longest fixed part of every reason that a test can be skipped for."""
+    found = set()
+    for path in (REPO / "tests").rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call):
+                continue
+            name = ast.unparse(call.func).rpartition(".")[2]
+            texts = [word.value for word in call.keywords if word.arg == "reason"]
+            if name == "skip":
+                texts += call.args
+            elif name not in ("skipif", "importorskip"):
+                continue
+            parts = [part for text in texts for part in ast.walk(text)]
+            words = [p.value for p in parts if isinstance(p, ast.Constant)]
+            found |= {max(words, key=len).strip(" :")} if words else set()
+    return found
+
+
+def test_every_skip_is_listed() -> None:
+    listed = " ".join((REPO / "CONTRIBUTING.md").read_text().split())
+    reasons = skip_reasons()
+    assert "no chromium to open the page in" in reasons
+    assert not [reason for reason in reasons if reason not in listed]
 
 
 def test_figures_are_those_of_the_result_files() -> None:
