@@ -14,6 +14,7 @@ from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vllm_clover2.model import Packing
+from vllm_clover2.train.card import card
 from vllm_clover2.train.config import TrainConfig
 from vllm_clover2.train.data import (
     Batch,
@@ -263,9 +264,12 @@ class Trainer:
         if self.accelerator.is_main_process:
             self._record()
         self.resume()
+        begun = self.step
         self._train()
         if self.accelerator.is_main_process:
             self.run_directory.plot()
+            if self.step > begun:
+                self._write_card()
         return self.run_directory.head
 
     def _record(self) -> None:
@@ -285,6 +289,11 @@ class Trainer:
         self.draft.config.training = record | coverage
         if self.average is not None:
             self.average.module.config = self.draft.config
+
+    def _write_card(self) -> None:
+        validations = self.run_directory.validations()
+        text = card(self.config, self.draft.config, validations)
+        (self.run_directory.head / "README.md").write_text(text, "utf-8")
 
     def _train(self) -> None:
         config = self.config
