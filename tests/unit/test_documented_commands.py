@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 from vllm_clover2 import cli
-from vllm_clover2.heads import SHIPPED
+from vllm_clover2.heads import SHIPPED, recorded_target
 
 REPO = Path(__file__).parents[2]
 DOCUMENTS = [
@@ -72,6 +73,21 @@ def test_example_scripts_know_their_options(words: list[str]) -> None:
     for word in words[2:]:
         if word.startswith("--"):
             assert word in help_of(words[1])
+
+
+def test_make_knows_its_commands() -> None:
+    makefile = (REPO / "Makefile").read_text()
+    texts = [path.read_text() for path in DOCUMENTS]
+    for name in re.findall(r"(?m)(?:`|^    )make ([a-z]+)", "\n".join(texts)):
+        assert re.search(rf"(?m)^{name}:.* ## ", makefile), name
+
+
+@pytest.mark.parametrize("folder", SHIPPED.iterdir(), ids=lambda folder: folder.name)
+def test_cards_of_heads_have_the_hubs_metadata(folder: Path) -> None:
+    about = ModelCard.load(folder / "README.md").data
+    assert about.base_model.endswith(f"/{recorded_target(folder)['name']}")
+    assert about.license == "apache-2.0"
+    assert "speculative-decoding" in about.tags
 
 
 def headings(path: Path) -> set[str]:
