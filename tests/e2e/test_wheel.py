@@ -89,7 +89,7 @@ def python(folder: Path, wheel: Path) -> Path:
 def test_contents_of_the_source_archive(source_archive: Path) -> None:
     with tarfile.open(source_archive) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    tracked = ("kernels", "tests", "examples", ".ci", "vllm_clover2")
+    tracked = ("kernels", "tests", "examples", "docs", ".ci", "vllm_clover2")
     expected = run("git", "ls-files", "--", *tracked, cwd=REPO).split()
     missing = set(expected) - names
     assert not missing

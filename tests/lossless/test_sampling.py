@@ -18,6 +18,7 @@ from engine_fixtures import (
 )
 from engines import Engine, Output, Request, assert_same
 from planting import CommitSpy, Planter
+from vllm.sampling_params import BeamSearchParams
 
 from vllm_clover2.integration import runner
 from vllm_clover2.integration.request_sampling import RequestSampling
@@ -148,6 +149,24 @@ def test_several_answers_to_one_prompt(
         answers.append([list(answer.token_ids) for answer in output[0].outputs])
     assert answers[0] == answers[1]
     assert len({tuple(answer) for answer in answers[0]}) == 3
+
+
+def test_beam_search(engine: Engine, plain: Engine) -> None:
+    """For vLLM it is many requests of one token each, with log-probabilities."""
+    prompts = [
+        {"prompt_token_ids": list(request.prompt)}
+        for request in random_prompts(2, seed=66, longest=20)
+    ]
+    params = BeamSearchParams(beam_width=3, max_tokens=8, ignore_eos=True)
+    expected, actual = (
+        [
+            [list(beam.tokens) for beam in answer.sequences]
+            for answer in each.llm.beam_search(prompts, params)
+        ]
+        for each in (plain, engine)
+    )
+    assert len(expected[0]) == 3
+    assert actual == expected
 
 
 @pytest.mark.parametrize("name", ["min-p", "greedy-logit-bias"])

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Targets of other architectures, and engine options that change how they run."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import torch
 from engine_fixtures import TINY, Baseline, PlantedRun, random_prompts
 from engines import Engine, EnginePool, Request, assert_same
 from planting import CommitSpy
+from safetensors.torch import save_file
 from tiny_models import save_random_head
 from transformers import AutoConfig, AutoModelForCausalLM
+from vllm.lora.request import LoRARequest
 
 TARGETS: dict[str, dict[str, Any]] = {
     "tied-llama": {"model_type": "llama", "tie_word_embeddings": True},
@@ -120,6 +124,44 @@ def test_without_prefix_caching(
 ) -> None:
     requests = random_prompts(12, seed=134)
     run_planted(clover2(enable_prefix_caching=False), requests, seed=134)
+    assert commits.moved > len(requests)
+
+
+def save_adapter(folder: Path) -> Path:
+    """A LoRA on queries and values, strong enough to be seen in every text."""
+    torch.manual_seed(6)
+    rank, head_size = 8, TINY.hidden_size // TINY.num_heads
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none"}
+    config["target_modules"] = ["q_proj", "v_proj"]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {}
+    for layer in range(TINY.num_layers):
+        for name, heads in (("q_proj", TINY.num_heads), ("v_proj", TINY.num_kv_heads)):
+            module = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            down = torch.randn(rank, TINY.hidden_size) * TINY.init
+            up = torch.randn(heads * head_size, rank) * TINY.init
+            tensors |= {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_adapters_beside_the_base_model(
+    engines: EnginePool,
+    target: Path,
+    clover2: Callable[..., Engine],
+    baseline: Baseline,
+    run_planted: PlantedRun,
+    commits: CommitSpy,
+    tmp_path: Path,
+) -> None:
+    adapter = LoRARequest("tiny", 1, str(save_adapter(tmp_path)))
+    options = {"enable_lora": True, "max_lora_rank": 8}
+    requests = random_prompts(8, seed=137)
+    adapted = [replace(r, lora=adapter) if i % 2 else r for i, r in enumerate(requests)]
+    expected = engines.get(target, **options).run(adapted)
+    same = [a.tokens == b.tokens for a, b in zip(expected, baseline(requests))]
+    assert same == [True, False] * 4
+    run_planted(clover2(**options), adapted, expected, seed=137)
     assert commits.moved > len(requests)
 
 

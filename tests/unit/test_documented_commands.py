@@ -110,6 +110,14 @@ def test_links_lead_somewhere(document: Path) -> None:
         assert not anchor or anchor in headings(target), link
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(REPO)))
+def test_files_that_are_named_exist(document: Path) -> None:
+    folders = "tests|docs|examples|kernels|vllm_clover2|integration"
+    for name in re.findall(rf"`((?:{folders})/[\w./-]*)`", document.read_text()):
+        places = [REPO / name, REPO / "vllm_clover2" / name]
+        assert any(place.exists() for place in places) or "NAME" in name, name
+
+
 def test_every_patch_is_registered() -> None:
     patches = REPO / "vllm_clover2/integration/compat/patches.py"
     install = re.search(r"def install\(\).*?\n\n\n", patches.read_text(), re.DOTALL)
