@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -75,11 +76,16 @@ def test_example_scripts_know_their_options(words: list[str]) -> None:
             assert word in help_of(words[1])
 
 
-def test_make_knows_its_commands() -> None:
+def test_make_pip_and_python_know_what_they_are_asked_for() -> None:
+    text = "\n".join(path.read_text() for path in DOCUMENTS)
     makefile = (REPO / "Makefile").read_text()
-    texts = [path.read_text() for path in DOCUMENTS]
-    for name in re.findall(r"(?m)(?:`|^    )make ([a-z]+)", "\n".join(texts)):
+    for name in re.findall(r"(?m)(?:`|^    )make ([a-z]+)", text):
         assert re.search(rf"(?m)^{name}:.* ## ", makefile), name
+    for name in re.findall(r"(?:`|^    )python ([\w/]+\.py)", text):
+        assert (REPO / name).exists(), name
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    for extra in re.findall(r"pip install .*\[(\w+)\]", text):
+        assert extra in project["optional-dependencies"]
 
 
 @pytest.mark.parametrize("folder", SHIPPED.iterdir(), ids=lambda folder: folder.name)
