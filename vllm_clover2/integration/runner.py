@@ -135,6 +135,9 @@ class Clover2RunnerMixin:
         tokens, embeddings = self.input_ids.gpu[:num_rows], None
         if self.enable_prompt_embeds:  # a compiled target knows one of the two only
             tokens, embeddings = None, self.inputs_embeds.gpu[:num_rows]
+        if self.lora_config:  # which rows have adapters is told before every pass
+            without = (0,) * num_rows
+            self._set_active_loras(without, without, set())
         with set_forward_context(None, self.vllm_config, num_tokens=num_rows):
             hidden_states = self._model_forward(
                 input_ids=tokens,
