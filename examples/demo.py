@@ -5,7 +5,8 @@
 
 Each method runs in an engine of its own, in a fresh process. Rounds of the methods
 take turns, so that a busy machine is busy for all of them; figures are medians over
-the rounds. Tables go to the terminal, all figures to ``build/demo.json``.
+the rounds. Tables go to the terminal, all figures to ``build/demo.json``. Where the
+output is no terminal, every stage is a line instead of a bar that moves.
 """
 
 import argparse
@@ -98,28 +99,33 @@ def run(args: argparse.Namespace, prompts: list[Prompt], progress: Progress) -> 
         method: progress.add_task(METHODS[method].title, total=None, note="waiting")
         for method in args.methods
     }
+
+    def tell(method: str, note: str) -> None:
+        progress.update(bars[method], note=note)
+        if progress.disable:
+            progress.console.print(f"{METHODS[method].title}: {note}")
+
     engines: dict[str, Engine] = {}
     rounds: dict[str, list] = {method: [] for method in args.methods}
     try:
         for method, bar in bars.items():
-            progress.update(bar, note="loading the model")
+            tell(method, "loading the model")
             log = args.output.with_name(f"demo-{method}.log")
-            engines[method] = Engine(engine_arguments(args, method), log)
-            for _ in engines[method].answer(
-                token_ids[: args.concurrency], args.max_tokens
-            ):
-                progress.update(bar, note="warming up")
-            progress.update(bar, note="ready", total=args.repeats * len(prompts))
+            engines[method] = engine = Engine(engine_arguments(args, method), log)
+            tell(method, "warming up")
+            list(engine.answer(token_ids[: args.concurrency], args.max_tokens))
+            progress.update(bar, total=args.repeats * len(prompts))
+            tell(method, "ready")
         for number in range(1, args.repeats + 1):
             for method, engine in engines.items():
                 note = f"round {number} of {args.repeats}"
-                progress.update(bars[method], note=note)
+                tell(method, note)
                 finished = progress.tasks[bars[method]].completed
                 for done in engine.answer(token_ids, args.max_tokens):
                     progress.update(bars[method], completed=finished + done)
                 rounds[method].append(engine.last_round)
                 speed = engine.last_round.tokens_per_second
-                progress.update(bars[method], note=f"{note}: {speed:.1f} tokens/s")
+                tell(method, f"{note}: {speed:.1f} tokens/s")
     finally:
         for engine in engines.values():
             engine.close()
@@ -144,7 +150,9 @@ def main() -> None:
         f"{len(prompts)} prompts, {args.concurrency} in flight, {args.dtype}, at most "
         f"{args.max_tokens} tokens each, {args.repeats} rounds"
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal
+    ) as progress:
         rounds = run(args, prompts, progress)
     figures = {
         "methods": summarise(records, rounds),

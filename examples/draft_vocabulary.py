@@ -28,7 +28,7 @@ from vllm_clover2.train.clover2 import HeadDraft
 from vllm_clover2.train.data import AnswerSet, read_answers
 from vllm_clover2.train.evaluate import evaluate_head
 from vllm_clover2.train.hidden import Target
-from vllm_clover2.train.loop import frequent_tokens
+from vllm_clover2.train.start import frequent_tokens
 from vllm_clover2.tree import DynamicTree, grow_dynamic
 
 TREES = ["paper", "dynamic:60"]

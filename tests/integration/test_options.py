@@ -90,7 +90,12 @@ def test_bad_options(
 
 @pytest.mark.parametrize(
     ("tree", "nodes"),
-    [({}, 25), ({"tree": "chain"}, 5), ({"num_speculative_tokens": 9}, 9)],
+    [
+        ({}, 25),
+        ({"tree": "chain"}, 5),
+        ({"tree": "chain", "depth": 7}, 7),
+        ({"num_speculative_tokens": 9}, 9),
+    ],
     ids=json.dumps,
 )
 def test_without_a_head(target: Path, tree: dict[str, Any], nodes: int) -> None:
@@ -122,6 +127,22 @@ def test_without_a_head_the_text_must_be_drafted_from(
     target: Path, tree: dict[str, Any], found: str
 ) -> None:
     with pytest.raises(ValueError, match=f"the text is the only source.*{found}"):
+        engine_config(target, {"method": "clover2", "model": "none", **tree})
+
+
+@pytest.mark.parametrize(
+    ("tree", "found"),
+    [
+        ({"top_k": 4, "depth": 3}, "top_k, depth"),
+        ({"top_p": 0.9}, "top_p"),
+        ({"tree": "chain", "depth": 3, "min_ratio": 0.1}, "min_ratio"),
+    ],
+    ids=json.dumps,
+)
+def test_without_a_head_its_options_are_refused(
+    target: Path, tree: dict[str, Any], found: str
+) -> None:
+    with pytest.raises(ValueError, match=f"have no effect: {found}\\."):
         engine_config(target, {"method": "clover2", "model": "none", **tree})
 
 

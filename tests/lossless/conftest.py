@@ -9,13 +9,17 @@ import pytest
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vLLM is imported
 
 from engine_fixtures import (  # noqa: E402, F401
+    assert_exact,
     baseline,
+    clover2,
     commits,
+    engine,
     engines,
     head,
     plain,
     plant,
     repeating,
+    run_planted,
     target,
 )
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures for tests that run engines in their own process."""
 
+import functools
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ from tiny_models import TinyModel, save_random_head, save_target
 
 TINY = TinyModel()
 _POOL = EnginePool()
+# Options under which the scheduler cuts prompts and drafts, or takes requests' blocks.
+CHUNKED = {"max_num_batched_tokens": 64, "max_num_seqs": 8}
+PREEMPTED = {"block_size": 32, "num_gpu_blocks_override": 20}
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +55,18 @@ def repeating(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random head for ``target``."""
     return save_random_head(tmp_path_factory.mktemp("head"), TINY)
+
+
+@pytest.fixture(scope="session")
+def clover2(engines: EnginePool, target: Path, head: Path) -> Callable[..., Engine]:
+    """Engines that speculate with ``head``; takes a tree and arguments of ``LLM``."""
+    return functools.partial(engines.get, target, head)
+
+
+@pytest.fixture
+def engine(clover2: Callable[..., Engine]) -> Engine:
+    """The one that was told nothing more."""
+    return clover2()
 
 
 @pytest.fixture
@@ -98,6 +115,49 @@ def baseline(plain: Engine) -> Baseline:
     return Baseline(plain)
 
 
+class PlantedRun:
+    """Lets engines answer with planted trees; their text must be plain vLLM's."""
+
+    def __init__(self, baseline: Baseline, plant: Callable[..., Planter]) -> None:
+        self._baseline = baseline
+        self._plant = plant
+
+    def __call__(
+        self,
+        engine: Engine,
+        requests: list[Request],
+        expected: list[Output] | None = None,  # default: the baseline's
+        truth: list[Output] | None = None,  # what is planted; default: what is expected
+        concurrency: int | None = None,
+        **planter: Any,  # arguments of ``Planter``
+    ) -> list[Output]:
+        expected = expected or self._baseline(requests)
+        self._plant(**planter)
+        actual = engine.run(with_truth(requests, truth or expected), concurrency)
+        assert_same(expected, actual, requests)
+        return actual
+
+
+@pytest.fixture
+def run_planted(baseline: Baseline, plant: Callable[..., Planter]) -> PlantedRun:
+    return PlantedRun(baseline, plant)
+
+
+@pytest.fixture
+def assert_exact(run_planted: PlantedRun, commits: CommitSpy) -> Callable[..., None]:
+    """Checks an engine's answers with its own trees, then with planted ones."""
+
+    def check(
+        engine: Engine, requests: list[Request], expected: list[Output], seed: int
+    ) -> None:
+        assert_same(expected, engine.run(requests), requests)
+        engine.forget_prefixes()
+        run_planted(engine, requests, expected, seed=seed)
+        assert commits.moved > len(requests)
+
+    return check
+
+
 def random_prompts(count: int, seed: int, longest: int = 100) -> list[Request]:
     """Greedy requests with random prompts of 1 to ``longest`` tokens."""
     rng = random.Random(seed)
@@ -114,18 +174,3 @@ def repeated_prompts(count: int, seed: int) -> list[Request]:
         Request(tuple(rng.randrange(3, 512) for _ in range(12)) * 3)
         for _ in range(count)
     ]
-
-
-def assert_exact(
-    expected: list[Output],
-    engine: Engine,
-    requests: list[Request],
-    plant: Callable[[], object],
-    commits: CommitSpy,
-) -> None:
-    """The engine answers as expected, with its head's trees and with planted ones."""
-    assert_same(expected, engine.run(requests), requests)
-    engine.forget_prefixes()
-    plant()
-    assert_same(expected, engine.run(with_truth(requests, expected)), requests)
-    assert commits.moved > len(requests)

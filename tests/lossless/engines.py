@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 
 _request_numbers = itertools.count()
 
@@ -23,6 +24,7 @@ class Request:
 
     prompt: tuple[int, ...]
     params: dict[str, Any] = field(default_factory=dict)
+    lora: LoRARequest | None = None
 
     def sampling_params(self) -> SamplingParams:
         defaults = {"temperature": 0.0, "max_tokens": 48, "ignore_eos": True}
@@ -80,6 +82,7 @@ class Engine:
             request_id,
             {"prompt_token_ids": list(request.prompt)},
             request.sampling_params(),
+            lora_request=request.lora,
         )
         return request_id
 

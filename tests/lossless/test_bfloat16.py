@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_fixtures import random_prompts
-from engines import EnginePool, first_difference
+from engines import Engine, EnginePool, first_difference
 from planting import CommitSpy, Planter, with_truth
 
 # Logits of this target reach 16, where neighbouring bf16 numbers are 2**-4 apart; a
@@ -18,23 +18,21 @@ NEAR_TIE = 4 * 2**-4
 
 @pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() == "AVX2",
-    reason="without AVX-512 vLLM's attention rounds bf16 in its own way: most texts "
-    "differ, at margins of up to five steps",
+    # Most texts differ, at margins of up to five steps.
+    reason="without AVX-512 vLLM's attention rounds bf16 in its own way",
 )
 @pytest.mark.parametrize("nodes", [5, 25, 63])
 def test_text_differs_only_at_near_ties(
     nodes: int,
     engines: EnginePool,
     target: Path,
-    head: Path,
+    clover2: Callable[..., Engine],
     plant: Callable[..., Planter],
     commits: CommitSpy,
 ) -> None:
     requests = [r.replaced(logprobs=2) for r in random_prompts(40, seed=90)]
     expected = engines.get(target, dtype="bfloat16").run(requests)
-    engine = engines.get(
-        target, head, {"num_speculative_tokens": nodes}, dtype="bfloat16"
-    )
+    engine = clover2({"num_speculative_tokens": nodes}, dtype="bfloat16")
     plant(seed=nodes)
     planted = with_truth([r.replaced(logprobs=None) for r in requests], expected)
     actual = engine.run(planted)

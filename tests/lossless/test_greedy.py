@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engine_fixtures import Baseline, random_prompts, repeated_prompts
-from engines import EnginePool, assert_same
-from planting import CommitSpy, Planter, with_truth
+from engine_fixtures import Baseline, PlantedRun, random_prompts, repeated_prompts
+from engines import Engine, EnginePool, assert_same
+from planting import CommitSpy
 
 from vllm_clover2 import ops
 
@@ -27,16 +27,14 @@ METHODS = {
 def test_the_heads_own_drafts(
     method: str,
     concurrency: int,
-    engines: EnginePool,
-    target: Path,
-    head: Path,
+    clover2: Callable[..., Engine],
     baseline: Baseline,
 ) -> None:
     requests = random_prompts(120, seed=1)
     if concurrency < 32:  # nearly nothing of a random head is accepted: slow
         requests = requests[: 10 + 3 * concurrency]
-    engine = engines.get(target, head, METHODS[method])
-    assert_same(baseline(requests), engine.run(requests, concurrency), requests)
+    actual = clover2(METHODS[method]).run(requests, concurrency)
+    assert_same(baseline(requests), actual, requests)
 
 
 @pytest.mark.parametrize("concurrency", [1, 8])
@@ -62,21 +60,15 @@ def test_text_that_repeats_itself(
 def test_planted_trees(
     nodes: int,
     concurrency: int,
-    engines: EnginePool,
-    target: Path,
-    head: Path,
-    baseline: Baseline,
-    plant: Callable[..., Planter],
+    clover2: Callable[..., Engine],
+    run_planted: PlantedRun,
     commits: CommitSpy,
 ) -> None:
     requests = random_prompts(120, seed=2)
     if concurrency < 32:
         requests = requests[: 20 + 3 * concurrency]
-    expected = baseline(requests)
-    engine = engines.get(target, head, {"num_speculative_tokens": nodes})
-    plant(seed=nodes + concurrency)
-    actual = engine.run(with_truth(requests, expected), concurrency)
-    assert_same(expected, actual, requests)
+    engine = clover2({"num_speculative_tokens": nodes})
+    run_planted(engine, requests, concurrency=concurrency, seed=nodes + concurrency)
     assert commits.accepted > len(requests)
     assert (commits.moved > len(requests)) == (nodes > 1)
 

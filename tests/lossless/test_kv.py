@@ -79,6 +79,7 @@ def clean(engines: EnginePool) -> Iterator[Callable[[Engine], None]]:
 def test_caches_equal_those_of_a_fresh_pass(
     budget: int,
     engines: EnginePool,
+    clover2: Callable[..., Engine],
     target: Path,
     head: Path,
     baseline: Baseline,
@@ -90,7 +91,7 @@ def test_caches_equal_those_of_a_fresh_pass(
     options = {"block_size": 32, "max_num_batched_tokens": budget}
     if budget == 64:
         options["max_num_seqs"] = 8
-    engine = engines.get(target, head, **options)
+    engine = clover2(**options)
     fresh = engines.get(target, enable_prefix_caching=False)
     clean(engine)
     clean(fresh)
@@ -192,9 +193,7 @@ def recomputed_draft_kv(
 
 
 def test_without_commit_the_text_differs(
-    engines: EnginePool,
-    target: Path,
-    head: Path,
+    clover2: Callable[..., Engine],
     baseline: Baseline,
     plant: Callable[..., Planter],
     monkeypatch: pytest.MonkeyPatch,
@@ -212,7 +211,7 @@ def test_without_commit_the_text_differs(
     requests = random_prompts(8, seed=71)
     expected = baseline(requests)
     # Without prefix caching: the wrong blocks must not reach other tests.
-    engine = engines.get(target, head, enable_prefix_caching=False)
+    engine = clover2(enable_prefix_caching=False)
     plant(seed=71)
     actual = engine.run(with_truth(requests, expected))
     left_at = [

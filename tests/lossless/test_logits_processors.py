@@ -12,9 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from engine_fixtures import Baseline, random_prompts
-from engines import EnginePool, Request, assert_same
-from planting import CommitSpy, Planter, with_truth
+from engine_fixtures import (
+    CHUNKED,
+    PREEMPTED,
+    Baseline,
+    PlantedRun,
+    random_prompts,
+)
+from engines import Engine, EnginePool, Output, Request
+from planting import CommitSpy
 from test_sampling import VARIANTS
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
@@ -163,6 +169,12 @@ def mixed_requests(seed: int) -> list[Request]:
     ]
 
 
+def assert_others(texts: list[Output], neutral: list[Output], count: int) -> None:
+    """More than so many texts are not the neutral ones: the processors matter."""
+    pairs = zip(texts, neutral, strict=True)
+    assert sum(one.tokens != other.tokens for one, other in pairs) > count
+
+
 @pytest.mark.parametrize(
     "processors",
     [[RareTokens, Sharpener], [TextFollower], [RareTokens, SampledTextFollower]],
@@ -174,40 +186,31 @@ def test_processors_that_follow_texts(
     processors: list[type[LogitsProcessor]],
     engines: EnginePool,
     target: Path,
-    head: Path,
+    clover2: Callable[..., Engine],
     baseline: Baseline,
-    plant: Callable[..., Planter],
+    run_planted: PlantedRun,
     commits: CommitSpy,
 ) -> None:
     requests = mixed_requests(seed=90)
     options = {"logits_processors": processors}
-    expected = Baseline(engines.get(target, **options))(requests)
-    # They matter: without them most texts are others.
-    pairs = zip(expected, baseline(requests), strict=True)
-    assert sum(one.tokens != other.tokens for one, other in pairs) > 10
-    engine = engines.get(target, head, **options)
-    plant(seed=90, hit_rate=0.6)
-    actual = engine.run(with_truth(requests, expected), concurrency=concurrency)
-    assert_same(expected, actual, requests)
+    expected = engines.get(target, **options).run(requests)
+    assert_others(expected, baseline(requests), 10)
+    engine = clover2(**options)
+    run_planted(
+        engine, requests, expected, concurrency=concurrency, seed=90, hit_rate=0.6
+    )
     assert commits.moved > len(requests)
     counts = engine.runner.drafts.counts
     assert not any("not drafted" in reason for reason in counts)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"max_num_batched_tokens": 64, "max_num_seqs": 8},
-        {"block_size": 32, "num_gpu_blocks_override": 20},
-    ],
-    ids=["chunked", "preempted"],
-)
+@pytest.mark.parametrize("options", [CHUNKED, PREEMPTED], ids=["chunked", "preempted"])
 def test_processors_under_pressure(
     options: dict[str, Any],
     engines: EnginePool,
     target: Path,
-    head: Path,
-    plant: Callable[..., Planter],
+    clover2: Callable[..., Engine],
+    run_planted: PlantedRun,
     commits: CommitSpy,
 ) -> None:
     """Here plain vLLM, too, calls processors more often than there are tokens."""
@@ -217,10 +220,9 @@ def test_processors_under_pressure(
         if not request.params["extra_args"].get("counting")
     ]
     processors = {"logits_processors": [RareTokens, Sharpener, TextFollower]}
-    expected = Baseline(engines.get(target, **processors))(requests)
-    engine = engines.get(target, head, **processors, **options)
-    plant(seed=91, hit_rate=0.6)
-    assert_same(expected, engine.run(with_truth(requests, expected)), requests)
+    expected = engines.get(target, **processors).run(requests)
+    engine = clover2(**processors, **options)
+    run_planted(engine, requests, expected, seed=91, hit_rate=0.6)
     assert commits.moved > len(requests)
     with pytest.raises(VLLMValidationError, match="window must be positive"):
         engine.add(requests[0].replaced(extra_args={"window": 0}))
@@ -229,20 +231,17 @@ def test_processors_under_pressure(
 def test_nothing_is_drafted_for_a_processor_of_the_batch(
     engines: EnginePool,
     target: Path,
-    head: Path,
+    clover2: Callable[..., Engine],
     baseline: Baseline,
-    plant: Callable[..., Planter],
+    run_planted: PlantedRun,
     commits: CommitSpy,
 ) -> None:
     requests = mixed_requests(seed=92)
     processors = {"logits_processors": [CallCounter]}
-    expected = Baseline(engines.get(target, **processors))(requests)
-    pairs = zip(expected, baseline(requests), strict=True)
-    assert sum(one.tokens != other.tokens for one, other in pairs) > 20
-    engine = engines.get(target, head, **processors)
-    plant(seed=92)
-    actual = engine.run(with_truth(requests, expected), concurrency=6)
-    assert_same(expected, actual, requests)
+    expected = engines.get(target, **processors).run(requests)
+    assert_others(expected, baseline(requests), 20)
+    engine = clover2(**processors)
+    run_planted(engine, requests, expected, concurrency=6, seed=92)
     assert commits.accepted == 0
     counts = engine.runner.drafts.counts
     assert counts["logits processor CallCounter: not drafted"] > len(requests)

@@ -16,9 +16,7 @@ from vllm_clover2.tree.chooser import Chooser
 
 
 def test_counters_add_up(
-    engines: EnginePool,
-    target: Path,
-    head: Path,
+    clover2: Callable[..., Engine],
     baseline: Baseline,
     plant: Callable[..., Planter],
     commits: CommitSpy,
@@ -26,7 +24,7 @@ def test_counters_add_up(
     requests = random_prompts(20, seed=95)
     expected = baseline(requests)
     # Its counters are the ones that this process exports: the newest engine's.
-    engine = engines.get(target, head, disable_log_stats=False)
+    engine = clover2(disable_log_stats=False)
     plant(seed=95)
     planted = [
         # The last token is never planted, so no accepted path is cut at the end.
@@ -78,10 +76,7 @@ def spec_decode_metrics(engine: Engine) -> dict[str, Any]:
     }
 
 
-def test_reasons_for_less_than_a_tree_are_counted(
-    engines: EnginePool, target: Path, head: Path
-) -> None:
-    engine = engines.get(target, head)
+def test_reasons_for_less_than_a_tree_are_counted(engine: Engine) -> None:
     (counts,) = engine.llm.collective_rpc("clover2_stats")
     assert counts == engine.runner.stats.counts
     assert engine.runner.drafts.counts is engine.runner.stats.counts
@@ -89,7 +84,10 @@ def test_reasons_for_less_than_a_tree_are_counted(
 
 
 def test_requests_that_are_not_drafted_for(
-    engines: EnginePool, target: Path, head: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine,
+    engines: EnginePool,
+    target: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A head could be asked but nothing pays; a text has nothing to offer."""
     requests = random_prompts(4, seed=96)
@@ -97,12 +95,12 @@ def test_requests_that_are_not_drafted_for(
         Chooser, "sizes", lambda _, ids, *__: np.zeros(len(ids), dtype=np.int64)
     )
     never_matches = {"context_min_match": 16}
-    for outcome, engine in {
-        "load": engines.get(target, head),
+    for outcome, asked in {
+        "load": engine,
         "nothing found": engines.get(target, Path("none"), never_matches),
     }.items():
-        before = engine.runner.stats.counts.copy()
-        tokens = sum(len(output.tokens) for output in engine.run(requests))
-        added = engine.runner.stats.counts - before
+        before = asked.runner.stats.counts.copy()
+        tokens = sum(len(output.tokens) for output in asked.run(requests))
+        added = asked.runner.stats.counts - before
         of_requests = {key: n for key, n in added.items() if "requests, " in key}
         assert of_requests == {f"requests, {outcome}": tokens}

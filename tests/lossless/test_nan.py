@@ -5,14 +5,13 @@ Embedding of one token is NaN: the target's states, scores and KV of every text 
 holds it are, and so are what a head makes of them.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from engine_fixtures import TINY, random_prompts
-from engines import EnginePool, Request, assert_same
-from planting import CommitSpy, Planter, with_truth
+from engine_fixtures import TINY, PlantedRun, random_prompts
+from engines import EnginePool, Request
+from planting import CommitSpy
 from test_sampling import VARIANTS
 from tiny_models import save_target
 from transformers import LlamaForCausalLM
@@ -34,7 +33,7 @@ def test_neighbours_are_well(
     engines: EnginePool,
     sick_target: Path,
     head: Path,
-    plant: Callable[..., Planter],
+    run_planted: PlantedRun,
     commits: CommitSpy,
 ) -> None:
     """All at once: where blocks of sick requests are used again, plain vLLM's other
@@ -50,8 +49,6 @@ def test_neighbours_are_well(
     sick, well = expected[::3], expected[1::3] + expected[2::3]
     assert all(len(set(output.tokens)) == 1 for output in sick)
     assert all(len(set(output.tokens)) > 20 for output in well)
-    engine = engines.get(sick_target, head)
-    plant(seed=94)  # the head's own trees are grown, too, but not used
-    actual = engine.run(with_truth(requests, expected))
-    assert_same(expected, actual, requests)
+    # The head's own trees are grown, too, but not used.
+    run_planted(engines.get(sick_target, head), requests, expected, seed=94)
     assert commits.moved > len(requests)

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_fixtures import assert_exact, random_prompts, repeated_prompts
-from engines import EnginePool, Output, Request, assert_same
-from planting import CommitSpy, Planter
+from engine_fixtures import Baseline, random_prompts, repeated_prompts
+from engines import EnginePool, Request, assert_same
 from transformers import GPT2Config, GPT2LMHeadModel
 from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.sampling_params import StructuredOutputsParams
@@ -58,14 +57,13 @@ def test_seeded_samples(engines: EnginePool, repeating: Path) -> None:
 def test_planted_trees(
     engines: EnginePool,
     target: Path,
-    baseline: Callable[[list[Request]], list[Output]],
-    plant: Callable[..., Planter],
-    commits: CommitSpy,
+    baseline: Baseline,
+    assert_exact: Callable[..., None],
 ) -> None:
     """Trees of all shapes, accepted and moved."""
     requests = random_prompts(24, seed=142)
     engine = engines.get(target, NO_HEAD)
-    assert_exact(baseline(requests), engine, requests, lambda: plant(seed=142), commits)
+    assert_exact(engine, requests, baseline(requests), seed=142)
 
 
 def test_prefix_cache_gives_all_blocks(engines: EnginePool, repeating: Path) -> None:
@@ -108,10 +106,7 @@ def test_structured_output_is_drafted_as_chains(
 
 
 def test_a_target_that_no_head_could_be_trained_for(
-    engines: EnginePool,
-    plant: Callable[..., Planter],
-    commits: CommitSpy,
-    tmp_path: Path,
+    engines: EnginePool, assert_exact: Callable[..., None], tmp_path: Path
 ) -> None:
     """vLLM's GPT-2 hands out no hidden states; its positions are learned."""
     shape = {"n_embd": 128, "n_layer": 3, "n_head": 4, "initializer_range": 0.3}
@@ -122,7 +117,7 @@ def test_a_target_that_no_head_could_be_trained_for(
     expected = engines.get(tmp_path, **options).run(requests)
     engine = engines.get(tmp_path, NO_HEAD, **options)
     assert not supports_eagle3(engine.runner.get_model())
-    assert_exact(expected, engine, requests, lambda: plant(seed=146), commits)
+    assert_exact(engine, requests, expected, seed=146)
 
 
 def test_nothing_of_a_head_is_there(engines: EnginePool, target: Path) -> None:

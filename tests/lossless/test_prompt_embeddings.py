@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from engine_fixtures import random_prompts
-from engines import EnginePool
+from engine_fixtures import CHUNKED, random_prompts
+from engines import Engine, EnginePool
 from planting import TRUTH, CommitSpy, Planter
 from vllm import SamplingParams
 
 
-@pytest.mark.parametrize("budget", [2048, 64], ids=["roomy", "chunked"])
+@pytest.mark.parametrize("options", [{}, CHUNKED], ids=["roomy", "chunked"])
 def test_beside_prompts_of_tokens(
-    budget: int,
+    options: dict[str, Any],
     engines: EnginePool,
     target: Path,
-    head: Path,
+    clover2: Callable[..., Engine],
     plant: Callable[..., Planter],
     commits: CommitSpy,
 ) -> None:
@@ -36,8 +36,7 @@ def test_beside_prompts_of_tokens(
     answers = []
     embeds = {"enable_prompt_embeds": True}
     plain = engines.get(target, **embeds)
-    options = {"max_num_batched_tokens": budget, "max_num_seqs": 8}
-    engine = engines.get(target, head, **embeds, **options)
+    engine = clover2(**embeds, **options)
     plant(seed=93, hit_rate=0.6)
     for each in (plain, engine):
         outputs = each.llm.generate(prompts, params, use_tqdm=False)

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from engine_fixtures import TINY, assert_exact, random_prompts
+from engine_fixtures import TINY, random_prompts
 from engines import EnginePool
-from planting import CommitSpy, Planter
 from safetensors.torch import load_file, save_file
 from tiny_models import save_target
 
@@ -150,8 +149,7 @@ def test_planted_trees(
     name: str,
     engines: EnginePool,
     head: Path,
-    plant: Callable[..., Planter],
-    commits: CommitSpy,
+    assert_exact: Callable[..., None],
     tmp_path: Path,
 ) -> None:
     scheme = SCHEMES[name]
@@ -160,4 +158,4 @@ def test_planted_trees(
     expected = engines.get(target, dtype="bfloat16").run(requests)
     assert len({tuple(output.tokens) for output in expected}) == len(requests)
     engine = engines.get(target, head, dtype="bfloat16")
-    assert_exact(expected, engine, requests, lambda: plant(seed=140), commits)
+    assert_exact(engine, requests, expected, seed=140)

@@ -6,13 +6,22 @@ stream must be the very same, not only its distribution.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_fixtures import Baseline, random_prompts
-from engines import Engine, EnginePool, Output, Request, assert_same
-from planting import CommitSpy, Planter, with_truth
+from engine_fixtures import (
+    CHUNKED,
+    PREEMPTED,
+    Baseline,
+    PlantedRun,
+    random_prompts,
+)
+from engines import Engine, Output, Request, assert_same
+from planting import CommitSpy, Planter
+from vllm.sampling_params import BeamSearchParams
+
+from vllm_clover2.integration import runner
+from vllm_clover2.integration.request_sampling import RequestSampling
 
 # Every second token, by up to half of the logits' own deviation.
 BIAS = {token: 0.01 * (token % 300) for token in range(0, 512, 2)}
@@ -57,6 +66,17 @@ def requests_with(variant: dict[str, Any], count: int, seed: int) -> list[Reques
     return [r.replaced(seed=100 + i, **variant) for i, r in enumerate(prompts)]
 
 
+def requests_of_each(
+    variants: list[dict[str, Any]], count: int, seed: int
+) -> list[Request]:
+    """``count`` requests with every variant, in the variants' order."""
+    return [
+        request
+        for i, variant in enumerate(variants)
+        for request in requests_with(variant, count, seed=seed + i)
+    ]
+
+
 def assert_same_logprobs(expected: list[Output], actual: list[Output]) -> None:
     for plain, ours in zip(expected, actual, strict=True):
         for kind in ("logprobs", "prompt_logprobs"):
@@ -71,80 +91,49 @@ def assert_same_logprobs(expected: list[Output], actual: list[Output]) -> None:
 
 
 @pytest.fixture
-def engine(engines: EnginePool, target: Path, head: Path) -> Engine:
-    return engines.get(target, head)
+def check(run_planted: PlantedRun, baseline: Baseline) -> Callable[..., None]:
+    """A planted run whose log-probabilities are compared, too."""
+
+    def run_and_compare(
+        engine: Engine, requests: list[Request], **options: Any
+    ) -> None:
+        actual = run_planted(engine, requests, **options)
+        assert_same_logprobs(baseline(requests), actual)
+
+    return run_and_compare
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_seeded_stream(
-    variant: str,
-    engine: Engine,
-    baseline: Baseline,
-    plant: Callable[..., Planter],
-    commits: CommitSpy,
+    variant: str, engine: Engine, check: Callable[..., None], commits: CommitSpy
 ) -> None:
     requests = requests_with(VARIANTS[variant], 10, seed=30)
-    expected = baseline(requests)
-    plant(seed=30)
-    actual = engine.run(with_truth(requests, expected))
-    assert_same(expected, actual, requests)
-    assert_same_logprobs(expected, actual)
+    check(engine, requests, seed=30)
     assert commits.moved > len(requests)
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"max_num_batched_tokens": 64, "max_num_seqs": 8},
-        {"block_size": 32, "num_gpu_blocks_override": 20},
-    ],
-    ids=["roomy", "chunked", "preempted"],
+    "options", [{}, CHUNKED, PREEMPTED], ids=["roomy", "chunked", "preempted"]
 )
 def test_everything_in_one_batch(
     options: dict[str, Any],
-    engines: EnginePool,
-    target: Path,
-    head: Path,
-    baseline: Baseline,
-    plant: Callable[..., Planter],
+    clover2: Callable[..., Engine],
+    check: Callable[..., None],
     commits: CommitSpy,
 ) -> None:
     """Also: a seeded request whose prompt is chunked, which kills stock vLLM."""
-    requests = [
-        request
-        for i, variant in enumerate(MIXED)
-        for request in requests_with(variant, 3, seed=40 + i)
-    ]
-    expected = baseline(requests)
-    engine = engines.get(target, head, **options)
-    plant(seed=40)
-    actual = engine.run(with_truth(requests, expected))
-    assert_same(expected, actual, requests)
-    assert_same_logprobs(expected, actual)
+    requests = requests_of_each(MIXED, 3, seed=40)
+    check(clover2(**options), requests, seed=40)
     assert commits.moved > len(requests)
 
 
 def test_chain_of_a_seeded_request(
-    engines: EnginePool,
-    target: Path,
-    head: Path,
-    baseline: Baseline,
-    plant: Callable[..., Planter],
-    commits: CommitSpy,
+    clover2: Callable[..., Engine], check: Callable[..., None], commits: CommitSpy
 ) -> None:
-    requests = [
-        request
-        for i, variant in enumerate(MIXED)
-        for request in requests_with(variant, 2, seed=60 + i)
-    ]
-    expected = baseline(requests)
-    chain = {"tree": "chain", "num_speculative_tokens": 5}
-    engine = engines.get(target, head, chain)
-    plant(seed=41, chain=True, hit_rate=0.9)
-    actual = engine.run(with_truth(requests, expected))
-    assert_same(expected, actual, requests)
-    assert_same_logprobs(expected, actual)
+    requests = requests_of_each(MIXED, 2, seed=60)
+    engine = clover2({"tree": "chain", "num_speculative_tokens": 5})
+    check(engine, requests, seed=41, chain=True, hit_rate=0.9)
+    assert commits.accepted > len(requests)
 
 
 def test_several_answers_to_one_prompt(
@@ -162,6 +151,24 @@ def test_several_answers_to_one_prompt(
     assert len({tuple(answer) for answer in answers[0]}) == 3
 
 
+def test_beam_search(engine: Engine, plain: Engine) -> None:
+    """For vLLM it is many requests of one token each, with log-probabilities."""
+    prompts = [
+        {"prompt_token_ids": list(request.prompt)}
+        for request in random_prompts(2, seed=66, longest=20)
+    ]
+    params = BeamSearchParams(beam_width=3, max_tokens=8, ignore_eos=True)
+    expected, actual = (
+        [
+            [list(beam.tokens) for beam in answer.sequences]
+            for answer in each.llm.beam_search(prompts, params)
+        ]
+        for each in (plain, engine)
+    )
+    assert len(expected[0]) == 3
+    assert actual == expected
+
+
 @pytest.mark.parametrize("name", ["min-p", "greedy-logit-bias"])
 def test_min_p_and_logit_bias_matter(name: str, baseline: Baseline) -> None:
     """Else the tests above could not see them."""
@@ -173,23 +180,32 @@ def test_min_p_and_logit_bias_matter(name: str, baseline: Baseline) -> None:
 
 
 def test_requests_come_and_go(
-    engine: Engine,
-    baseline: Baseline,
-    plant: Callable[..., Planter],
-    commits: CommitSpy,
+    engine: Engine, check: Callable[..., None], commits: CommitSpy
 ) -> None:
     """What is kept by place in the batch has to move with its request."""
     requests = [
         request.replaced(max_tokens=3 + (7 * i) % 23)
-        for i, variant in enumerate([*MIXED, *MIXED])
-        for request in requests_with(variant, 1, seed=70 + i)
+        for i, request in enumerate(requests_of_each([*MIXED, *MIXED], 1, seed=70))
     ]
-    expected = baseline(requests)
-    plant(seed=44, hit_rate=0.6)
-    actual = engine.run(with_truth(requests, expected), concurrency=7)
-    assert_same(expected, actual, requests)
-    assert_same_logprobs(expected, actual)
+    check(engine, requests, concurrency=7, seed=44, hit_rate=0.6)
     assert commits.moved > len(requests)
+
+
+def test_who_is_sampled_is_found_out_once_a_batch(
+    engine: Engine, baseline: Baseline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While requests neither come nor go it does not change."""
+    made: list[RequestSampling] = []
+
+    def recording(batch: Any) -> RequestSampling:
+        made.append(RequestSampling(batch))
+        return made[-1]
+
+    monkeypatch.setattr(runner, "RequestSampling", recording)
+    requests = requests_with(VARIANTS["repetition"], 3, seed=65)
+    assert_same(baseline(requests), engine.run(requests), requests)
+    # All come in one step; of the 48 steps of each only the last ones see others go.
+    assert 1 <= len(made) <= len(requests)
 
 
 @pytest.mark.parametrize(
@@ -200,14 +216,14 @@ def test_only_what_one_request_emits_is_sampled(
     variant: str,
     engine: Engine,
     baseline: Baseline,
-    plant: Callable[..., Planter],
+    run_planted: PlantedRun,
     commits: CommitSpy,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its parameters do not slow the others, and no text is copied."""
     requests = random_prompts(8, seed=63)
     requests[3:4] = requests_with(VARIANTS[variant], 1, seed=64)
-    expected = baseline(requests)
+    emitted = len(baseline(requests)[3].tokens)
     sampler, rows = engine.runner.sampler, []
     forward = sampler.forward
 
@@ -218,11 +234,8 @@ def test_only_what_one_request_emits_is_sampled(
         return forward(logits, sampling_metadata, **options)
 
     monkeypatch.setattr(sampler, "forward", recording)
-    plant(seed=45, hit_rate=0.6)
-    actual = engine.run(with_truth(requests, expected))
-    assert_same(expected, actual, requests)
+    run_planted(engine, requests, seed=45, hit_rate=0.6)
     assert commits.accepted > len(requests)
-    emitted = len(expected[3].tokens)
     # What follows the last token may have been sampled, too.
     assert rows in ([1] * emitted, [1] * (emitted + 1))
 
@@ -230,16 +243,12 @@ def test_only_what_one_request_emits_is_sampled(
 def test_each_level_asks_for_what_its_requests_want(
     engine: Engine,
     baseline: Baseline,
-    plant: Callable[..., Planter],
+    check: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A level without the penalized request computes no penalties."""
     names = ["temperature", "repetition", "top-p", "logprobs"]
-    requests = [
-        request
-        for i, name in enumerate(names)
-        for request in requests_with(VARIANTS[name], 1, seed=80 + i)
-    ]
+    requests = requests_of_each([VARIANTS[name] for name in names], 1, seed=80)
     expected = baseline(requests)
     sampler, seen = engine.runner.sampler, []
     forward = sampler.forward
@@ -252,10 +261,7 @@ def test_each_level_asks_for_what_its_requests_want(
         return forward(logits, sampling_metadata, **options)
 
     monkeypatch.setattr(sampler, "forward", recording)
-    plant(seed=46, hit_rate=0.6)
-    actual = engine.run(with_truth(requests, expected))
-    assert_same(expected, actual, requests)
-    assert_same_logprobs(expected, actual)
+    check(engine, requests, seed=46, hit_rate=0.6)
     # Three of the four want something each.
     assert all(wanted in (rows - 1, rows) for rows, wanted in seen)
     assert {rows for rows, _ in seen} == {1, 2, 3, 4}

@@ -2,12 +2,11 @@
 """Text stays that of plain vLLM whatever the scheduler does to requests and drafts."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_fixtures import Baseline, random_prompts
-from engines import Engine, EnginePool, Output, Request, assert_same
+from engine_fixtures import PREEMPTED, Baseline, PlantedRun, random_prompts
+from engines import Engine, Output, Request, assert_same
 from planting import CommitSpy, Planter, with_truth
 from vllm.v1.engine.input_processor import InputProcessor
 
@@ -17,53 +16,30 @@ from vllm_clover2.tree.step_cost import StepCost
 from vllm_clover2.tree.types import GrownTrees
 
 
-def run_planted(
-    engine: Engine,
-    requests: list[Request],
-    baseline: Baseline,
-    plant: Callable[..., Planter],
-    seed: int,
-) -> list[Output]:
-    """Outputs with planted trees, checked against plain vLLM."""
-    expected = baseline(requests)
-    plant(seed=seed)
-    actual = engine.run(with_truth(requests, expected))
-    assert_same(expected, actual, requests)
-    return actual
-
-
 @pytest.mark.parametrize("block_size", [32, 128])
 def test_paths_cross_block_boundaries(
     block_size: int,
-    engines: EnginePool,
-    target: Path,
-    head: Path,
-    baseline: Baseline,
-    plant: Callable[..., Planter],
+    clover2: Callable[..., Engine],
+    run_planted: PlantedRun,
     commits: CommitSpy,
 ) -> None:
     requests = [r.replaced(max_tokens=150) for r in random_prompts(24, seed=3)]
-    engine = engines.get(target, head, block_size=block_size)
-    run_planted(engine, requests, baseline, plant, seed=block_size)
+    run_planted(clover2(block_size=block_size), requests, seed=block_size)
     assert commits.moved > 1000
 
 
 def test_prefix_cache_hits_on_committed_blocks(
-    engines: EnginePool,
-    target: Path,
-    head: Path,
-    baseline: Baseline,
-    plant: Callable[..., Planter],
+    clover2: Callable[..., Engine], run_planted: PlantedRun
 ) -> None:
     first = [r.replaced(max_tokens=140) for r in random_prompts(4, seed=4, longest=30)]
-    engine = engines.get(target, head, block_size=32)
-    texts = run_planted(engine, first, baseline, plant, seed=4)
+    engine = clover2(block_size=32)
+    texts = run_planted(engine, first, seed=4)
     again = []
     for request, text in zip(first, texts, strict=True):
         for cut in (70, 100, 130):
             committed = (*request.prompt, *text.tokens[:cut])
             again += [Request(committed), Request((*committed, 77))]
-    outputs = run_planted(engine, again, baseline, plant, seed=5)
+    outputs = run_planted(engine, again, seed=5)
     for request, output in zip(again, outputs, strict=True):
         # vLLM computes the last block again, so that the draft gets hidden states.
         full_blocks = (len(request.prompt) - 1) // 32
@@ -71,17 +47,13 @@ def test_prefix_cache_hits_on_committed_blocks(
 
 
 def test_prefix_cache_can_be_reset_between_requests(
-    engines: EnginePool,
-    target: Path,
-    head: Path,
-    baseline: Baseline,
-    plant: Callable[..., Planter],
+    clover2: Callable[..., Engine], run_planted: PlantedRun
 ) -> None:
     requests = random_prompts(4, seed=6, longest=60)
-    engine = engines.get(target, head, block_size=32)
+    engine = clover2(block_size=32)
     for seed in (6, 7):
         engine.forget_prefixes()
-        outputs = run_planted(engine, requests, baseline, plant, seed=seed)
+        outputs = run_planted(engine, requests, seed=seed)
         assert all(output.cached_tokens == 0 for output in outputs)
 
 
@@ -89,23 +61,15 @@ def test_prefix_cache_can_be_reset_between_requests(
 def test_chunked_prefill_and_trees_in_one_batch(
     budget: int,
     nodes: int,
-    engines: EnginePool,
-    target: Path,
-    head: Path,
-    baseline: Baseline,
-    plant: Callable[..., Planter],
+    clover2: Callable[..., Engine],
+    run_planted: PlantedRun,
     commits: CommitSpy,
 ) -> None:
     requests = random_prompts(24, seed=8, longest=200)
-    engine = engines.get(
-        target,
-        head,
-        {"num_speculative_tokens": nodes},
-        max_num_batched_tokens=budget,
-        max_num_seqs=8,
-    )
+    tree = {"num_speculative_tokens": nodes}
+    engine = clover2(tree, max_num_batched_tokens=budget, max_num_seqs=8)
     trimmed = engine.runner.drafts.counts["trimmed by the scheduler"]
-    run_planted(engine, requests, baseline, plant, seed=budget + nodes)
+    run_planted(engine, requests, seed=budget + nodes)
     assert engine.runner.drafts.counts["trimmed by the scheduler"] > trimmed
     assert commits.moved > 50
 
@@ -113,15 +77,12 @@ def test_chunked_prefill_and_trees_in_one_batch(
 @pytest.mark.parametrize("tree", [{}, {"tree": "chain"}], ids=["dynamic", "chain"])
 def test_preempted_requests_resume(
     tree: dict[str, str],
-    engines: EnginePool,
-    target: Path,
-    head: Path,
-    baseline: Baseline,
-    plant: Callable[..., Planter],
+    clover2: Callable[..., Engine],
+    run_planted: PlantedRun,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     requests = [r.replaced(max_tokens=120) for r in random_prompts(12, seed=9)]
-    engine = engines.get(target, head, tree, block_size=32, num_gpu_blocks_override=20)
+    engine = clover2(tree, **PREEMPTED)
     preempted = []
     stock = engine.scheduler._preempt_request
 
@@ -130,9 +91,7 @@ def test_preempted_requests_resume(
         stock(request, *args, **options)
 
     monkeypatch.setattr(engine.scheduler, "_preempt_request", preempt)
-    expected = baseline(requests)
-    plant(seed=9, chain=tree.get("tree") == "chain")
-    assert_same(expected, engine.run(with_truth(requests, expected)), requests)
+    run_planted(engine, requests, seed=9, chain=tree.get("tree") == "chain")
     assert len(preempted) > 5
 
 
@@ -141,9 +100,7 @@ def keep_request_id(request: Any) -> None:
 
 
 def test_aborted_requests_and_reuse_of_their_ids(
-    engines: EnginePool,
-    target: Path,
-    head: Path,
+    engine: Engine,
     baseline: Baseline,
     plant: Callable[..., Planter],
     monkeypatch: pytest.MonkeyPatch,
@@ -155,7 +112,6 @@ def test_aborted_requests_and_reuse_of_their_ids(
     requests = random_prompts(8, seed=10)
     expected = baseline(requests)
     planted = with_truth(requests, expected)
-    engine = engines.get(target, head)
     plant(seed=10, hit_rate=0.1)  # requests must still run when they are aborted
     current = {f"r{i}": i for i in range(6)}
     for request_id, number in current.items():
@@ -186,11 +142,7 @@ def test_aborted_requests_and_reuse_of_their_ids(
 
 
 def test_requests_up_to_the_length_limit(
-    engines: EnginePool,
-    target: Path,
-    head: Path,
-    baseline: Baseline,
-    plant: Callable[..., Planter],
+    clover2: Callable[..., Engine], run_planted: PlantedRun
 ) -> None:
     lengths = (30, 470, 480, 500, 509, 510, 511)
     long = random_prompts(40, seed=11, longest=511)
@@ -199,9 +151,9 @@ def test_requests_up_to_the_length_limit(
         Request(tuple(tokens[i : i + length]), {"max_tokens": 600})
         for i, length in enumerate(lengths)
     ]
-    engine = engines.get(target, head, {"num_speculative_tokens": 63})
+    engine = clover2({"num_speculative_tokens": 63})
     trimmed = engine.runner.drafts.counts["trimmed by the scheduler"]
-    outputs = run_planted(engine, requests, baseline, plant, seed=11)
+    outputs = run_planted(engine, requests, seed=11)
     assert {output.finish_reason for output in outputs} == {"length"}
     assert [len(r.prompt) + len(o.tokens) for r, o in zip(requests, outputs)] == (
         [512] * len(lengths)
@@ -210,14 +162,9 @@ def test_requests_up_to_the_length_limit(
 
 
 def test_prompts_of_one_token_get_placeholder_drafts(
-    engines: EnginePool,
-    target: Path,
-    head: Path,
-    baseline: Baseline,
-    plant: Callable[..., Planter],
+    engine: Engine, baseline: Baseline, plant: Callable[..., Planter]
 ) -> None:
     requests = [Request((token,)) for token in (1, 2, 3, 4)]
-    engine = engines.get(target, head)
     seen = engine.runner.drafts.counts["placeholder draft"]
     # One after the other: only beside running requests does vLLM pad a new one.
     expected = baseline(requests)
@@ -236,43 +183,31 @@ def test_prompts_of_one_token_get_placeholder_drafts(
 @pytest.mark.parametrize("depth", [1, 12, 40])
 def test_depth_of_trees(
     depth: int,
-    engines: EnginePool,
-    target: Path,
-    head: Path,
-    baseline: Baseline,
-    plant: Callable[..., Planter],
+    clover2: Callable[..., Engine],
+    run_planted: PlantedRun,
     commits: CommitSpy,
 ) -> None:
+    engine = clover2({"num_speculative_tokens": 63})
     requests = random_prompts(12, seed=13)
-    engine = engines.get(target, head, {"num_speculative_tokens": 63})
-    expected = baseline(requests)
-    plant(seed=depth, depth=depth, hit_rate=0.8)
-    actual = engine.run(with_truth(requests, expected))
-    assert_same(expected, actual, requests)
+    run_planted(engine, requests, seed=depth, depth=depth, hit_rate=0.8)
     assert max(commits.paths) == depth or depth == 40 and max(commits.paths) > 25
 
 
 def test_heads_own_drafts_of_depth_one(
-    engines: EnginePool, target: Path, head: Path, baseline: Baseline
+    clover2: Callable[..., Engine], baseline: Baseline
 ) -> None:
     requests = random_prompts(12, seed=14)
-    tree = {"num_speculative_tokens": 3, "depth": 1, "top_k": 3}
-    engine = engines.get(target, head, tree)
+    engine = clover2({"num_speculative_tokens": 3, "depth": 1, "top_k": 3})
     assert_same(baseline(requests), engine.run(requests), requests)
 
 
 def test_requests_that_wait_for_budget_keep_their_drafts(
-    engines: EnginePool,
-    target: Path,
-    head: Path,
-    baseline: Baseline,
-    plant: Callable[..., Planter],
-    commits: CommitSpy,
+    clover2: Callable[..., Engine], run_planted: PlantedRun, commits: CommitSpy
 ) -> None:
     """With 16 requests and 40 rows a step most requests sit out most steps."""
     requests = random_prompts(16, seed=15, longest=20)
-    engine = engines.get(target, head, max_num_batched_tokens=40, max_num_seqs=16)
-    run_planted(engine, requests, baseline, plant, seed=15)
+    engine = clover2(max_num_batched_tokens=40, max_num_seqs=16)
+    run_planted(engine, requests, seed=15)
     assert engine.runner.drafts.counts["unknown draft"] == 0
     assert commits.accepted > len(requests)
 
@@ -280,14 +215,12 @@ def test_requests_that_wait_for_budget_keep_their_drafts(
 @pytest.mark.parametrize("tree", [{}, {"tree": "chain"}], ids=["dynamic", "chain"])
 def test_load_decides_what_is_drafted(
     tree: dict[str, str],
-    engines: EnginePool,
-    target: Path,
-    head: Path,
+    clover2: Callable[..., Engine],
     baseline: Baseline,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Eight rows cost as much as one, each further row as much as these together."""
-    engine = engines.get(target, head, tree)
+    engine = clover2(tree)
     drafting = engine.runner.drafting
     cost = StepCost([1, 8, 64], [1.0, 1.0, 57.0], (0.0, 0.0), (0.0, 0.0), 512)
     monkeypatch.setattr(cost, "observe", lambda work, seconds: seconds)

@@ -2,12 +2,11 @@
 """Structured output: such requests are drafted as chains, their neighbours as trees."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_fixtures import Baseline, random_prompts
-from engines import EnginePool, Request, assert_same
+from engine_fixtures import Baseline, PlantedRun, random_prompts
+from engines import Engine, Request, assert_same
 from planting import CommitSpy, Planter, with_truth
 from vllm.sampling_params import StructuredOutputsParams
 
@@ -49,23 +48,18 @@ def test_grammars_beside_trees(
     temperature: float,
     planted_as: str,
     budget: int,
-    engines: EnginePool,
-    target: Path,
-    head: Path,
-    baseline: Baseline,
-    plant: Callable[..., Planter],
+    clover2: Callable[..., Engine],
+    run_planted: PlantedRun,
     commits: CommitSpy,
 ) -> None:
     requests = constrained(temperature=temperature, min_tokens=3)
     requests += random_prompts(8, seed=51)
     requests += [r.replaced(seed=1, temperature=1.0) for r in random_prompts(4, 52)]
-    expected = baseline(requests)
-    engine = engines.get(target, head, max_num_batched_tokens=budget, max_num_seqs=20)
+    engine = clover2(max_num_batched_tokens=budget, max_num_seqs=20)
     counts = engine.runner.drafts.counts
     seen = counts["structured output: drafted as a chain"]
-    plant(seed=50, chain=planted_as == "chain", hit_rate=0.6)
-    actual = engine.run(with_truth(requests, expected))
-    assert_same(expected, actual, requests)
+    chain = planted_as == "chain"
+    run_planted(engine, requests, seed=50, chain=chain, hit_rate=0.6)
     assert counts["structured output: drafted as a chain"] > seen
     assert commits.accepted > len(requests)
     if planted_as == "tree":
@@ -73,16 +67,11 @@ def test_grammars_beside_trees(
 
 
 def test_chains_of_grammars_are_accepted(
-    engines: EnginePool,
-    target: Path,
-    head: Path,
-    baseline: Baseline,
-    plant: Callable[..., Planter],
+    engine: Engine, baseline: Baseline, plant: Callable[..., Planter]
 ) -> None:
     """The grammar's mask lines up with the chain: planted tokens are taken."""
     requests = constrained()
     expected = baseline(requests)
-    engine = engines.get(target, head)
     engine.run(requests)  # compiles the grammars, which takes steps of its own
     plant(seed=52, chain=True, hit_rate=1.0)
     ids = [engine.add(request) for request in with_truth(requests, expected)]

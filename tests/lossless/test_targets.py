@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Targets of other architectures, and engine options that change how they run."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engine_fixtures import TINY, assert_exact, random_prompts
-from engines import EnginePool, assert_same
-from planting import CommitSpy, Planter, with_truth
+from engine_fixtures import TINY, Baseline, PlantedRun, random_prompts
+from engines import Engine, EnginePool, Request, assert_same
+from planting import CommitSpy
+from safetensors.torch import save_file
 from tiny_models import save_other_target, save_random_head
+from vllm.lora.request import LoRARequest
 
 TARGETS: dict[str, dict[str, Any]] = {
     "tied-llama": {"model_type": "llama", "tie_word_embeddings": True},
@@ -35,8 +39,7 @@ def test_planted_trees(
     name: str,
     engines: EnginePool,
     head: Path,
-    plant: Callable[..., Planter],
-    commits: CommitSpy,
+    assert_exact: Callable[..., None],
     tmp_path: Path,
 ) -> None:
     target = save_other_target(tmp_path, TARGETS[name])
@@ -45,37 +48,37 @@ def test_planted_trees(
     options = {"skip_tokenizer_init": True, "block_size": 32}
     expected = engines.get(target, **options).run(requests)
     engine = engines.get(target, head, **options)
-    assert_exact(expected, engine, requests, lambda: plant(seed=130), commits)
+    assert_exact(engine, requests, expected, seed=130)
 
 
 def test_head_with_other_kv_than_the_targets(
     engines: EnginePool,
     target: Path,
-    plant: Callable[..., Planter],
+    run_planted: PlantedRun,
     commits: CommitSpy,
     tmp_path: Path,
 ) -> None:
     """The draft's cache entries are larger than the target's."""
     head = save_random_head(tmp_path, TINY, num_key_value_heads=4, head_dim=64)
     requests = [r.replaced(max_tokens=100) for r in random_prompts(12, seed=132)]
-    expected = engines.get(target, block_size=32).run(requests)
-    engine = engines.get(target, head, block_size=32)
-    plant(seed=132)
-    assert_same(expected, engine.run(with_truth(requests, expected)), requests)
+    run_planted(engines.get(target, head, block_size=32), requests, seed=132)
     assert commits.moved > len(requests)
 
 
 @pytest.mark.parametrize("size", [None, 100], ids=["all-tokens", "draft-vocabulary"])
 def test_head_stored_in_bf16(
-    size: int | None, engines: EnginePool, target: Path, tmp_path: Path
+    size: int | None,
+    engines: EnginePool,
+    target: Path,
+    baseline: Baseline,
+    tmp_path: Path,
 ) -> None:
     """Its recurrent part stays in bf16 beside a float32 target."""
     head = save_random_head(tmp_path, TINY, torch.bfloat16, draft_vocab_size=size)
     requests = random_prompts(12, seed=136)
-    expected = engines.get(target).run(requests)
     engine = engines.get(target, head)
     assert engine.runner.drafter.model.recurrent.first.weight.dtype == torch.bfloat16
-    assert_same(expected, engine.run(requests), requests)
+    assert_same(baseline(requests), engine.run(requests), requests)
 
 
 @pytest.mark.skipif(
@@ -83,38 +86,70 @@ def test_head_stored_in_bf16(
     reason="vLLM's KV cache in FP8 needs AVX-512 or AMX",
 )
 def test_chain_with_quantized_kv(
-    engines: EnginePool, target: Path, head: Path, plant: Callable[..., Planter]
+    engines: EnginePool,
+    target: Path,
+    clover2: Callable[..., Engine],
+    run_planted: PlantedRun,
 ) -> None:
     requests = random_prompts(12, seed=133)
     options = {"kv_cache_dtype": "fp8", "dtype": "bfloat16"}
     expected = engines.get(target, **options).run(requests)
     chain = {"tree": "chain", "num_speculative_tokens": 5}
-    engine = engines.get(target, head, chain, **options)
-    plant(seed=133, chain=True, hit_rate=0.9)
-    actual = engine.run(with_truth(requests, expected))
-    assert_same(expected, actual, requests)
+    engine = clover2(chain, **options)
+    run_planted(engine, requests, expected, seed=133, chain=True, hit_rate=0.9)
 
 
 def test_without_prefix_caching(
-    engines: EnginePool,
-    target: Path,
-    head: Path,
-    plant: Callable[..., Planter],
-    commits: CommitSpy,
+    clover2: Callable[..., Engine], run_planted: PlantedRun, commits: CommitSpy
 ) -> None:
     requests = random_prompts(12, seed=134)
-    expected = engines.get(target).run(requests)
-    engine = engines.get(target, head, enable_prefix_caching=False)
-    plant(seed=134)
-    assert_same(expected, engine.run(with_truth(requests, expected)), requests)
+    run_planted(clover2(enable_prefix_caching=False), requests, seed=134)
+    assert commits.moved > len(requests)
+
+
+def save_adapter(folder: Path) -> Path:
+    """A LoRA on queries and values, strong enough to be seen in every text."""
+    torch.manual_seed(6)
+    rank, head_size = 8, TINY.hidden_size // TINY.num_heads
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none"}
+    config["target_modules"] = ["q_proj", "v_proj"]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {}
+    for layer in range(TINY.num_layers):
+        for name, heads in (("q_proj", TINY.num_heads), ("v_proj", TINY.num_kv_heads)):
+            module = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            down = torch.randn(rank, TINY.hidden_size) * TINY.init
+            up = torch.randn(heads * head_size, rank) * TINY.init
+            tensors |= {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_adapters_beside_the_base_model(
+    engines: EnginePool,
+    target: Path,
+    clover2: Callable[..., Engine],
+    baseline: Baseline,
+    run_planted: PlantedRun,
+    commits: CommitSpy,
+    tmp_path: Path,
+) -> None:
+    adapter = LoRARequest("tiny", 1, str(save_adapter(tmp_path)))
+    options = {"enable_lora": True, "max_lora_rank": 8}
+    requests = random_prompts(8, seed=137)
+    adapted = [replace(r, lora=adapter) if i % 2 else r for i, r in enumerate(requests)]
+    expected = engines.get(target, **options).run(adapted)
+    same = [a.tokens == b.tokens for a, b in zip(expected, baseline(requests))]
+    assert same == [True, False] * 4
+    run_planted(clover2(**options), adapted, expected, seed=137)
     assert commits.moved > len(requests)
 
 
 def test_thinking_budget(
     engines: EnginePool,
     target: Path,
-    head: Path,
-    plant: Callable[..., Planter],
+    clover2: Callable[..., Engine],
+    run_planted: PlantedRun,
     commits: CommitSpy,
 ) -> None:
     """Such requests are not drafted for; their neighbours keep their trees."""
@@ -126,18 +161,17 @@ def test_thinking_budget(
     start = plain.llm.get_tokenizer().encode("E", add_special_tokens=False)
     requests = random_prompts(8, seed=135)
     budgets = [
-        type(request)((*request.prompt, *start), {"thinking_token_budget": 5 + i})
+        Request((*request.prompt, *start), {"thinking_token_budget": 5 + i})
         for i, request in enumerate(requests[:4])
     ]
     requests = [*budgets, *requests[4:]]
     expected = plain.run(requests)
     free = plain.run([r.replaced(thinking_token_budget=None) for r in budgets])
     assert [o.tokens for o in free] != [o.tokens for o in expected[:4]]  # it acts
-    engine = engines.get(target, head, **options)
+    engine = clover2(**options)
     counts = engine.runner.drafts.counts
     seen = counts["thinking budget: not drafted"]
-    plant(seed=135)
-    assert_same(expected, engine.run(with_truth(requests, expected)), requests)
+    run_planted(engine, requests, expected, seed=135)
     assert counts["thinking budget: not drafted"] > seen
     assert counts["requests, excluded"] == counts["thinking budget: not drafted"]
     assert commits.accepted > 4

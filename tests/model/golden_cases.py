@@ -7,8 +7,10 @@ from pathlib import Path
 GOLDEN = Path(__file__).with_name("golden")
 
 
-def case_folders() -> list[Path]:
+def case_folders(file: str = "forward.safetensors") -> list[Path]:
     """The cases of this repository, and those of a folder outside that it lacks.
+
+    Only those that have such a file.
 
     That folder is CLOVER2_GOLDEN_DIR, or `shared/golden` beside the checkout.
     """
@@ -18,8 +20,8 @@ def case_folders() -> list[Path]:
     if named and not outside.is_dir():
         raise ValueError(f"CLOVER2_GOLDEN_DIR must name a folder, found {named}")
     cases = {
-        file.parent.name: file.parent
+        found.parent.name: found.parent
         for folder in (outside, GOLDEN)  # the later one counts
-        for file in folder.glob("*/forward.safetensors")
+        for found in folder.glob(f"*/{file}")
     }
     return [cases[name] for name in sorted(cases)]

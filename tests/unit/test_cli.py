@@ -2,6 +2,7 @@
 """The command line: options from settings, errors as one line."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,15 @@ def test_heads_are_added_listed_and_removed(
 def test_missing_files_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["convert", "/nowhere/weights.bin", "/nowhere/out"]) == 1
     assert "config.json is missing" in capsys.readouterr().err
+
+
+def test_missing_packages_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    monkeypatch.delitem(sys.modules, "vllm_clover2.train.loop", raising=False)
+    words = ["train", "--target", "t", "--answers", "a", "--output", "o"]
+    assert cli.main(words) == 1
+    error = capsys.readouterr().err
+    assert "train needs the package accelerate" in error
+    assert "pip install 'vllm-clover2[train]'" in error

@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands in the README, in docs/ and in the cards of heads are ones that exist, and
-links between documents lead somewhere.
+"""Commands in the README, in docs/ and in the cards of heads are ones that exist, links
+between documents lead somewhere, and tables are complete.
 """
 
+import ast
 import functools
 import json
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 from vllm_clover2 import cli
-from vllm_clover2.heads import SHIPPED
+from vllm_clover2.heads import SHIPPED, recorded_target
 
 REPO = Path(__file__).parents[2]
 DOCUMENTS = [
@@ -73,6 +76,26 @@ def test_example_scripts_know_their_options(words: list[str]) -> None:
             assert word in help_of(words[1])
 
 
+def test_make_pip_and_python_know_what_they_are_asked_for() -> None:
+    text = "\n".join(path.read_text() for path in DOCUMENTS)
+    makefile = (REPO / "Makefile").read_text()
+    for name in re.findall(r"(?m)(?:`|^    )make ([a-z]+)", text):
+        assert re.search(rf"(?m)^{name}:.* ## ", makefile), name
+    for name in re.findall(r"(?:`|^    )python ([\w/]+\.py)", text):
+        assert (REPO / name).exists(), name
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    for extra in re.findall(r"pip install .*\[(\w+)\]", text):
+        assert extra in project["optional-dependencies"]
+
+
+@pytest.mark.parametrize("folder", SHIPPED.iterdir(), ids=lambda folder: folder.name)
+def test_cards_of_heads_have_the_hubs_metadata(folder: Path) -> None:
+    about = ModelCard.load(folder / "README.md").data
+    assert about.base_model.endswith(f"/{recorded_target(folder)['name']}")
+    assert about.license == "apache-2.0"
+    assert "speculative-decoding" in about.tags
+
+
 def headings(path: Path) -> set[str]:
     """Anchors of a document's headings, as GitHub names them."""
     lines = [x for x in path.read_text().splitlines() if x.startswith("#")]
@@ -93,6 +116,14 @@ def test_links_lead_somewhere(document: Path) -> None:
         assert not anchor or anchor in headings(target), link
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(REPO)))
+def test_files_that_are_named_exist(document: Path) -> None:
+    folders = "tests|docs|examples|kernels|vllm_clover2|integration"
+    for name in re.findall(rf"`((?:{folders})/[\w./-]*)`", document.read_text()):
+        places = [REPO / name, REPO / "vllm_clover2" / name]
+        assert any(place.exists() for place in places) or "NAME" in name, name
+
+
 def test_every_patch_is_registered() -> None:
     patches = REPO / "vllm_clover2/integration/compat/patches.py"
     install = re.search(r"def install\(\).*?\n\n\n", patches.read_text(), re.DOTALL)
@@ -102,6 +133,32 @@ def test_every_patch_is_registered() -> None:
         r"^\| `(_\w+)`", (REPO / "docs/developing.md").read_text(), re.M
     )
     assert made == listed
+
+
+def skip_reasons() -> set[str]:
+    """The longest fixed part of every reason that a test can be skipped for."""
+    found = set()
+    for path in (REPO / "tests").rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call):
+                continue
+            name = ast.unparse(call.func).rpartition(".")[2]
+            texts = [word.value for word in call.keywords if word.arg == "reason"]
+            if name == "skip":
+                texts += call.args
+            elif name not in ("skipif", "importorskip"):
+                continue
+            parts = [part for text in texts for part in ast.walk(text)]
+            words = [p.value for p in parts if isinstance(p, ast.Constant)]
+            found |= {max(words, key=len).strip(" :")} if words else set()
+    return found
+
+
+def test_every_skip_is_listed() -> None:
+    listed = " ".join((REPO / "CONTRIBUTING.md").read_text().split())
+    reasons = skip_reasons()
+    assert "no chromium to open the page in" in reasons
+    assert not [reason for reason in reasons if reason not in listed]
 
 
 def test_figures_are_those_of_the_result_files() -> None:

@@ -18,7 +18,7 @@ __all__ = [
     "speculative_config",
 ]
 
-SHIPPED_PROMPTS = Path(__file__).resolve().parents[2] / "examples" / "prompts.jsonl"
+SHIPPED_PROMPTS = Path(__file__).resolve().with_name("prompts.jsonl")
 
 # What vLLM is told for each method; a head's folder is added where one was given and
 # no model is named here.

@@ -31,7 +31,8 @@ from vllm.v1.worker.gpu_input_batch import InputBatch
 class RequestSampling:
     """Who of a batch needs vLLM's sampler, and its metadata for any of these.
 
-    Requests are named by their index in the batch.
+    Requests are named by their index in the batch. It holds for all steps until a
+    request comes, goes or moves.
     """
 
     def __init__(self, batch: InputBatch) -> None:
@@ -39,6 +40,7 @@ class RequestSampling:
             return {batch.req_id_to_index[name] for group in groups for name in group}
 
         self._batch = batch
+        self._metadata = batch.sampling_metadata
         self._random = indices(batch.random_reqs)
         self._top_p = indices(batch.top_p_reqs)
         self._top_k = indices(batch.top_k_reqs)
@@ -50,12 +52,26 @@ class RequestSampling:
             batch.repetition_penalties_reqs,
         )
         self._thinking = _thinking_requests(batch)
+        self._always_sampled = self._random.union(
+            self._penalized,
+            self._allowed,
+            self._logprobs,
+            self._thinking,
+            batch.bad_words_token_ids,
+        )
         self._opaque = opaque_processor(batch.logitsprocs) is not None
         self._of_whole_batch = [
             processor
             for processor in batch.logitsprocs.all
             if not _tells_requests(processor)
         ]
+
+    def holds_for(self, batch: InputBatch) -> bool:
+        """Whether these are still the batch's requests, each in its place.
+
+        vLLM makes a new metadata object for every batch that changes in this.
+        """
+        return batch.sampling_metadata is self._metadata
 
     @property
     def sampled(self) -> set[int]:
@@ -66,14 +82,7 @@ class RequestSampling:
             changed_requests(processor)
             for processor in self._batch.logitsprocs.non_argmax_invariant
         )
-        return self._random.union(
-            self._penalized,
-            self._allowed,
-            self._logprobs,
-            self._thinking,
-            self._batch.bad_words_token_ids,
-            *changed,
-        )
+        return self._always_sampled.union(*changed)
 
     @property
     def whole_batch_at_roots(self) -> bool:
@@ -98,7 +107,7 @@ class RequestSampling:
 
         Generators of ``discarded`` requests [R] bool are hidden: they must not draw.
         """
-        metadata = copy.copy(self._batch.sampling_metadata)
+        metadata = copy.copy(self._metadata)
         metadata.generators = {
             request: generator
             for request, generator in metadata.generators.items()
@@ -113,7 +122,7 @@ class RequestSampling:
         index: torch.Tensor,  # [n] int64, the same on the device
     ) -> SamplingMetadata:
         """Metadata of a batch of these requests."""
-        batch, whole = self._batch, self._batch.sampling_metadata
+        batch, whole = self._batch, self._metadata
 
         def rows(tensor: torch.Tensor, wanted_by: Collection[int]) -> Any:
             return tensor[index] if _any(requests, wanted_by) else None

@@ -61,6 +61,7 @@ class Clover2RunnerMixin:
         self.stats = stats.WorkerStats(depth)
         self.drafts = DraftStore(self.stats.counts)
         self._batch: VerifyBatch | None = None
+        self._sampling: RequestSampling | None = None
         self._accepted: AcceptedPaths | None = None
 
     # Set-up
@@ -158,6 +159,9 @@ class Clover2RunnerMixin:
         tokens, embeddings = self.input_ids.gpu[:num_rows], None
         if self.enable_prompt_embeds:  # a compiled target knows one of the two only
             tokens, embeddings = None, self.inputs_embeds.gpu[:num_rows]
+        if self.lora_config:  # which rows have adapters is told before every pass
+            without = (0,) * num_rows
+            self._set_active_loras(without, without, set())
         with set_forward_context(None, self.vllm_config, num_tokens=num_rows):
             hidden_states = self._model_forward(
                 input_ids=tokens,
@@ -224,10 +228,12 @@ class Clover2RunnerMixin:
     def _sample(self, logits: torch.Tensor, spec_decode_metadata: Any) -> Any:
         batch = self._batch
         num_reqs = self.input_batch.num_reqs
+        if self._sampling is None or not self._sampling.holds_for(self.input_batch):
+            self._sampling = RequestSampling(self.input_batch)
         self._accepted = accept_paths(
             self.sampler,
             logits,
-            RequestSampling(self.input_batch),
+            self._sampling,
             batch,
             self.discard_request_mask.np[:num_reqs],
         )

@@ -71,7 +71,8 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
     """Draft less, or nothing, where it costs more than it yields (dynamic, chain)."""
 
     def __post_init__(self) -> Any:
-        self._check_there_is_a_source()
+        if not self.has_head:
+            self._check_without_a_head()
         self.num_speculative_tokens = self.tree_options().num_nodes
         # On Model Runner V1 the drafter needs the accepted path on the host.
         self.disable_padded_drafter_batch = not asks_for_runner_v2()
@@ -136,14 +137,26 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
             f"Clover2SpeculativeConfig(model={self.model!r}, {self.tree_options()!r})"
         )
 
-    def _check_there_is_a_source(self) -> None:
+    def _check_without_a_head(self) -> None:
+        """The text must be drafted from, and nothing asked for that a head would do."""
         options = self.tree_options()
-        if not self.has_head and options.context_limits() is None:
+        if options.context_limits() is None:
             raise ValueError(
                 f'Without a head ("model": "{NO_HEAD}") the text is the only source of '
                 f'drafts: context must be true and tree "dynamic" or "chain", but '
                 f"found context {options.context} and tree {options.tree!r}. Leave "
                 f"them out, or name a head as the model."
+            )
+        of_a_head = ["top_k", "top_p", "min_ratio"]
+        if options.tree != "chain":  # whose depth is its number of nodes
+            of_a_head.append("depth")
+        given = [name for name in of_a_head if getattr(self, name) is not None]
+        if given:
+            raise ValueError(
+                f'Without a head ("model": "{NO_HEAD}") options must not shape what a '
+                f"head grows: these have no effect: {', '.join(given)}. Leave them out "
+                f"(num_speculative_tokens and context_depth bound trees of the text), "
+                f"or name a head as the model."
             )
 
     def _check_head_fits(self) -> None:

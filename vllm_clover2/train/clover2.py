@@ -30,7 +30,7 @@ __all__ = [
     "new_clover2",
     "rope_theta",
     "start_layers",
-    "target_fingerprint",
+    "target_record",
 ]
 
 # Width of the uniform noise on identities, as in the original; there it is
@@ -154,7 +154,7 @@ class Gains(NamedTuple):
     inputs: float  # adds the target's input embeddings to post-norm hidden states
 
 
-def target_fingerprint(target: Target) -> dict[str, object]:
+def target_record(target: Target) -> dict[str, object]:
     """What identifies a target well enough to find the head made for it."""
     config = target.config
     return {
@@ -189,7 +189,7 @@ def new_clover2(
             max_position_embeddings=shape.max_position_embeddings,
             num_draft_steps=config.num_draft_steps,
             draft_vocab_size=None if draft_vocab_ids is None else len(draft_vocab_ids),
-            target=target_fingerprint(target),
+            target=target_record(target),
         )
     )
     if draft_vocab_ids is not None:

@@ -12,7 +12,7 @@ from vllm_clover2.train.clover2 import (
     Gains,
     rope_theta,
     start_layers,
-    target_fingerprint,
+    target_record,
 )
 from vllm_clover2.train.config import TrainConfig
 from vllm_clover2.train.data import Batch, next_in_text
@@ -53,7 +53,7 @@ def new_eagle1(
             draft_vocab_ids=None
             if draft_vocab_ids is None
             else draft_vocab_ids.tolist(),
-            target=target_fingerprint(target),
+            target=target_record(target),
         )
     )
     if gains is not None:

@@ -14,8 +14,7 @@ from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vllm_clover2.model import Packing
-from vllm_clover2.train.architectures import ARCHITECTURES, load_draft
-from vllm_clover2.train.clover2 import measure_gains
+from vllm_clover2.train.card import card
 from vllm_clover2.train.config import TrainConfig
 from vllm_clover2.train.data import (
     Batch,
@@ -35,16 +34,9 @@ from vllm_clover2.train.losses import (
 )
 from vllm_clover2.train.optimizers import lr_factor, make_optimizers
 from vllm_clover2.train.run import RunDirectory
+from vllm_clover2.train.start import start_of
 
-__all__ = ["Trainer", "frequent_tokens", "train"]
-
-
-def frequent_tokens(
-    counts: np.ndarray,  # [vocab_size] int64
-    size: int,
-) -> torch.Tensor:
-    """The `size` most frequent ids [size] int64, ascending."""
-    return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:size]))
+__all__ = ["Trainer", "train"]
 
 
 class Trainer:
@@ -78,49 +70,17 @@ class Trainer:
                 self.cache = HiddenStateCache(
                     config.hidden_cache, self.answers, self.target
                 )
-        self._build_draft()
+        self.start = start_of(config, self.target, self.answers, self.train_indices)
+        self.draft = self.start.draft
+        self._prepare()
         self.run_directory = RunDirectory(config.output)
         self.step = 0
 
-    def _build_draft(self) -> None:
-        config, target = self.config, self.target
-        self.started_from: dict[str, Any] | None = None  # record of an earlier run
-        gains = None
-        if config.init_recurrence == "scaled":
-            sample = torch.from_numpy(self.answers.tokens[:256].astype(np.int64))
-            gains = measure_gains(target, sample.to(target.lm_head.device))
-        counts = self.answers.output_counts(
-            target.config.vocab_size, self.train_indices
-        )
-        if config.start_from is not None:
-            draft, self.architecture = load_draft(
-                config.start_from, torch.float32, target
-            )
-            self._check_start(draft)
-            self.started_from = draft.config.training
-            self.draft: Any = draft.train()
-            if config.architecture == "clover2":  # how deep it is trained from now on
-                self.draft.config.num_draft_steps = config.num_draft_steps
-        else:
-            self.architecture = ARCHITECTURES[config.architecture]
-            ids = None
-            if config.draft_vocab_size is not None:
-                ids = frequent_tokens(counts, config.draft_vocab_size)
-            self.draft = self.architecture.new(config, target, ids, gains)
-        ids = self.draft.draft_vocab_ids
-        self.draft_lm_head = target.lm_head
-        if ids is None:
-            ids = torch.arange(target.config.vocab_size)
-        else:
-            self.draft_lm_head = target.lm_head[ids.to(target.lm_head.device)]
-        self.coverage = float(counts[ids.cpu().numpy()].sum() / counts.sum())
-        # [V] int64: the draft's number of each of the target's ids, -1 if it has none
-        self.draft_index = torch.full_like(target.lm_head[:, 0], -1, dtype=torch.int64)
-        self.draft_index[ids.to(self.draft_index.device)] = torch.arange(
-            len(ids), device=self.draft_index.device
-        )
-        model = self.architecture.trainable(self.draft)
-        optimizers = make_optimizers(model, gains, config)
+    def _prepare(self) -> None:
+        """Model, optimisers and schedules, as accelerate has them."""
+        config = self.config
+        model = self.start.architecture.trainable(self.draft)
+        optimizers = make_optimizers(model, self.start.gains, config)
         self.model = self.accelerator.prepare(model)
         self.optimizers = [self.accelerator.prepare(one) for one in optimizers]
         self.schedulers = [
@@ -134,24 +94,6 @@ class Trainer:
                 self.draft, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)
             )
             self.accelerator.register_for_checkpointing(self.average)
-
-    def _check_start(self, draft: Any) -> None:
-        """The head that training starts from must be the one that was described."""
-        if self.architecture is not ARCHITECTURES[self.config.architecture]:
-            raise ValueError(
-                f"start_from {self.config.start_from} is no {self.config.architecture} "
-                "head; set architecture accordingly"
-            )
-        shape = draft.config
-        for setting, found in (
-            ("num_layers", shape.num_hidden_layers),
-            ("draft_vocab_size", shape.draft_vocab_size),
-        ):
-            wanted = getattr(self.config, setting)
-            if found != wanted:
-                raise ValueError(
-                    f"{setting} must be that of start_from, {found}, found {wanted}"
-                )
 
     # --- data -------------------------------------------------------------
 
@@ -211,7 +153,7 @@ class Trainer:
         )
         if config.on_policy_top_k is not None and not validating:
             after = next_in_text(next_ids, batch.lengths)[rows.label_position]
-            on_policy = OnPolicy(self.draft_index[after], config.on_policy_top_k)
+            on_policy = OnPolicy(self.start.index[after], config.on_policy_top_k)
         inputs = states
         if config.feature_noise and not validating:
             # The labels stay as they are: only what the draft reads is disturbed.
@@ -220,7 +162,7 @@ class Trainer:
             inputs = states._replace(post_norm=noisy)
         outputs = self.model(
             inputs,
-            self.architecture.embeddings(self.target)[next_ids],
+            self.start.architecture.embeddings(self.target)[next_ids],
             Packing(batch.lengths, config.attention == "xformers"),
             rows,
         )
@@ -228,7 +170,7 @@ class Trainer:
             outputs,
             next_in_text(states.post_norm, batch.lengths),
             rows,
-            self.draft_lm_head,
+            self.start.lm_head,
             LossWeights(config.value_weight, config.prob_weight, config.step_decay),
             on_policy=on_policy,
             count_agreed=count_agreed,
@@ -265,7 +207,8 @@ class Trainer:
         """Losses and top-1 agreement per step on the held-out answers."""
         training = self.model
         self.model = self.accelerator.prepare_model(
-            self.architecture.trainable(self._served_draft()), evaluation_mode=True
+            self.start.architecture.trainable(self._served_draft()),
+            evaluation_mode=True,
         )
         totals = torch.zeros(
             3, self.config.num_draft_steps, device=self.accelerator.device
@@ -312,7 +255,7 @@ class Trainer:
             self.accelerator, self.step, self.config.keep_checkpoints
         )
         if self.accelerator.is_main_process:
-            self.architecture.save(
+            self.start.architecture.save(
                 self._served_draft(), self.run_directory.head, torch.bfloat16
             )
 
@@ -321,9 +264,12 @@ class Trainer:
         if self.accelerator.is_main_process:
             self._record()
         self.resume()
+        begun = self.step
         self._train()
         if self.accelerator.is_main_process:
             self.run_directory.plot()
+            if self.step > begun:
+                self._write_card()
         return self.run_directory.head
 
     def _record(self) -> None:
@@ -337,12 +283,17 @@ class Trainer:
         }
         settings = self.config.model_dump(mode="json")
         record = self.run_directory.record(settings, data)
-        coverage = {"draft_vocab_coverage": round(self.coverage, 4)}
-        if self.started_from is not None:
-            record["started_from"] = self.started_from
+        coverage = {"draft_vocab_coverage": round(self.start.coverage, 4)}
+        if self.start.earlier is not None:
+            record["started_from"] = self.start.earlier
         self.draft.config.training = record | coverage
         if self.average is not None:
             self.average.module.config = self.draft.config
+
+    def _write_card(self) -> None:
+        validations = self.run_directory.validations()
+        text = card(self.config, self.draft.config, validations)
+        (self.run_directory.head / "README.md").write_text(text, "utf-8")
 
     def _train(self) -> None:
         config = self.config

@@ -54,13 +54,14 @@ class RunDirectory:
     metrics.json    validation results, by step
     metrics.png     losses and agreement, drawn at the end
     checkpoints/    step-NNNNNNN folders, each complete or absent
-    head/           the draft in the format that is served
+    head/           the draft in the format that is served, and its card
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
         self.head = folder / "head"
+        self._validations = folder / "metrics.json"
         self.checkpoints.mkdir(parents=True, exist_ok=True)
 
     def record(self, settings: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
@@ -111,10 +112,13 @@ class RunDirectory:
             writer.writerow({key: f"{value:.6g}" for key, value in row.items()})
 
     def log_validation(self, step: int, result: dict[str, Any]) -> None:
-        path = self.folder / "metrics.json"
-        results = json.loads(path.read_text()) if path.exists() else []
-        results = [entry for entry in results if entry["step"] < step]
-        write_json(path, [*results, {"step": step, **result}])
+        earlier = [one for one in self.validations() if one["step"] < step]
+        write_json(self._validations, [*earlier, {"step": step, **result}])
+
+    def validations(self) -> list[dict[str, Any]]:
+        """What was logged of them, by step."""
+        path = self._validations
+        return json.loads(path.read_text()) if path.exists() else []
 
     def plot(self) -> None:
         """Draw metrics.csv as metrics.png; does nothing before the first log."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo's figures, from rounds with known results, and its command line."""
 
+import io
 import json
 import sys
 
@@ -8,8 +9,10 @@ import demo
 import pytest
 from demo_report import acceptance, show, summarise
 from rich.console import Console
+from rich.progress import Progress
 
 from vllm_clover2.bench.engine import Answer, Round
+from vllm_clover2.bench.prompts import Prompt
 
 PROMPTS = [
     {"task": "qa", "messages": [{"role": "user", "content": "one"}]},
@@ -101,3 +104,33 @@ def test_engines_are_told_what_a_user_would_tell_them(monkeypatch):
     chain = demo.engine_arguments(args, "clover2_chain")["speculative_config"]
     assert "num_speculative_tokens" not in chain
     assert "speculative_config" not in demo.engine_arguments(args, "none")
+
+
+def test_every_stage_is_a_line_where_no_terminal_is(monkeypatch, rounds):
+    class FakeEngine:
+        last_round = rounds["clover2"][0]
+
+        def __init__(self, arguments, log):
+            pass
+
+        def answer(self, token_ids, max_tokens):
+            yield from range(1, len(token_ids) + 1)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(demo, "Engine", FakeEngine)
+    words = ["demo.py", "--methods", "clover2", "--repeats", "1"]
+    monkeypatch.setattr(sys, "argv", words)
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=False)
+    prompts = [Prompt("qa", "one", [5, 6]), Prompt("code", "two", [7])]
+    with Progress(console=console, disable=True) as progress:
+        found = demo.run(demo.parse_args(), prompts, progress)
+    assert found == {"none": [rounds["clover2"][0]], "clover2": [rounds["clover2"][0]]}
+    stages = ["loading the model", "warming up", "ready"]
+    of_rounds = ["round 1 of 1", "round 1 of 1: 2.0 tokens/s"]
+    titles = ["vLLM alone", "clover2"]
+    expected = [f"{title}: {stage}" for title in titles for stage in stages]
+    expected += [f"{title}: {stage}" for title in titles for stage in of_rounds]
+    assert output.getvalue().splitlines() == expected

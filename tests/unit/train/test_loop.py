@@ -12,14 +12,18 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from training_runs import ACCEPTANCE_FLOOR, acceptance, changed, run_until
 
+from vllm_clover2.model import Clover2Config
 from vllm_clover2.model.weights import load_head
+from vllm_clover2.train.card import card
 from vllm_clover2.train.config import TrainConfig
 from vllm_clover2.train.data import pack
-from vllm_clover2.train.loop import Trainer, frequent_tokens, train
+from vllm_clover2.train.loop import Trainer, train
 from vllm_clover2.train.optimizers import lr_factor
+from vllm_clover2.train.start import frequent_tokens
 
 
 @pytest.mark.slow
@@ -332,6 +336,36 @@ def test_only_answers_of_the_wanted_temperatures_are_used(
     )
     used = np.concatenate([trainer.train_indices, trainer.val_indices])
     assert sorted(used) == list(range(1, 100, 2))
+
+
+def test_the_head_has_a_card(tiny_config: TrainConfig) -> None:
+    config = changed(tiny_config, evaluate_every=6, draft_vocab_size=40)
+    path = train(config) / "README.md"
+    card = ModelCard.load(path)
+    assert card.data.tags == ["speculative-decoding", "clover2"]
+    assert card.data.base_model is None  # a folder here
+    assert "| draft vocabulary | 40 tokens, " in card.text
+    rows = [line.split(" | ")[0] for line in card.text.splitlines()[-2:]]
+    assert rows == ["| 6", "| 12"]
+    path.write_text("mine")
+    train(config)  # nothing is left to do
+    assert path.read_text() == "mine"
+    train(changed(config, steps=13))
+    assert path.read_text() != "mine"
+
+
+def test_a_card_names_the_target_on_the_hub(tiny_config: TrainConfig) -> None:
+    head = Clover2Config(
+        target={"name": "model"},
+        training={
+            "command": ["vllm-clover2", "train"],
+            "draft_vocab_coverage": 1.0,
+            "data": {"num_train": 9, "num_validation": 1, "answers_sha256": "ab"},
+        },
+    )
+    text = card(changed(tiny_config, target="org/model"), head, [])
+    assert ModelCard(text).data.base_model == "org/model"
+    assert "# Clover-2 head for model" in text
 
 
 def test_old_checkpoints_are_dropped(tiny_config: TrainConfig) -> None:

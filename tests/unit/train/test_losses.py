@@ -2,11 +2,11 @@
 """Losses and gradients against the original implementation's tensors."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
+from golden_cases import case_folders
 from safetensors.torch import load_file
 
 from vllm_clover2.model import Clover2Model, Packing
@@ -21,19 +21,12 @@ from vllm_clover2.train.losses import (
     label_agreement,
 )
 
-_DEFAULT = Path(__file__).resolve().parents[4] / "shared" / "golden"
-GOLDEN = Path(os.environ.get("CLOVER2_GOLDEN_DIR", _DEFAULT))
-CASES = sorted(path.parent.name for path in GOLDEN.glob("*/loss.safetensors"))
-needs_golden = pytest.mark.skipif(
-    not CASES, reason=f"no golden losses in {GOLDEN}; set CLOVER2_GOLDEN_DIR"
-)
 
-
-@needs_golden
 @pytest.mark.parametrize("variant", ["plain", "label_mask"])
-@pytest.mark.parametrize("name", CASES or ["none"])
-def test_losses_and_gradients_match(name: str, variant: str) -> None:
-    case = GOLDEN / name
+@pytest.mark.parametrize(
+    "case", case_folders("loss.safetensors"), ids=lambda case: case.name
+)
+def test_losses_and_gradients_match(case: Path, variant: str) -> None:
     reference = load_file(case / "weights.safetensors")
     config, state, report = from_reference(
         reference, json.loads((case / "config.json").read_text())

@@ -4,7 +4,7 @@
 Policy: **the last two minor releases of vLLM**. ``patches`` serves both; where they
 differ, what both have is used. A release is added when ``tests/integration`` (every
 name of vLLM that we use exists in its sources), the CPU suite and ``tests/cuda_dryrun``
-pass with it; the oldest is dropped then. README.md has the table of what was tested.
+pass with it; the oldest is dropped then. docs/support.md tells what was tested.
 
 What changed for us from 0.32 to 0.33:
 
