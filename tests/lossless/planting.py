@@ -149,9 +149,7 @@ class Coins:
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
-        self.cost = SimpleNamespace(
-            drafting=lambda *_: 0.0, observe=lambda _work, seconds: seconds
-        )
+        self.cost = SimpleNamespace(observe=lambda _work, seconds: seconds)
 
     def plan(self, requests: list[str], *args: Any) -> Plan:
         waiting = args[2]
@@ -164,7 +162,7 @@ class Coins:
     def nothing(self, *_: Any) -> None:
         """What is learned, and who is forgotten, does not matter."""
 
-    learn_gain = accepted = forget = nothing
+    learn_gain = accepted = earned = forget = nothing
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_fixtures import TINY, assert_exact, random_prompts
+from engine_fixtures import TINY, random_prompts
 from engines import Engine, EnginePool, Request, assert_same
 from planting import CommitSpy, Planter, with_truth
 from tiny_models import save_other_target, save_random_head
@@ -84,8 +84,7 @@ def test_planted_trees(
     options: dict[str, Any],
     engines: EnginePool,
     head: Path,
-    plant: Callable[..., Planter],
-    commits: CommitSpy,
+    assert_exact: Callable[..., None],
     tmp_path: Path,
 ) -> None:
     # Gemma's embeddings are its output head: as large as they are scaled up to be, a
@@ -98,7 +97,7 @@ def test_planted_trees(
     assert len({token for o in expected[:10] for token in o.tokens}) > 100
     engine = engines.get(target, head if has_head else NO_HEAD, **OPTIONS, **options)
     assert len(engine.runner.kv_cache_config.kv_cache_groups) == groups
-    assert_exact(expected, engine, requests, lambda: plant(seed=150), commits)
+    assert_exact(engine, requests, expected, seed=150)
 
 
 def test_without_its_window_the_text_differs(
