@@ -125,7 +125,7 @@ def test_caches_behind_a_window(
     plant(seed=72)
     for request in with_truth(requests, expected):
         engine.add(request)
-    for _ in range(60):
+    for _ in range(40):
         engine.step()
     assert commits.moved > 100
     assert_fresh(engine, fresh, target, head, last=39)

@@ -155,22 +155,17 @@ def test_prompts_found_in_the_cache_have_null_blocks(
     poisoned: Callable[[Engine], list[torch.Tensor]],
 ) -> None:
     """What left the window has no block of its own; the null block is left alone."""
-    long = [r for r in long_requests(40, seed=153) if len(r.prompt) > 80][:6]
-    plain = engines.get(mistral, **OPTIONS)
-    first = plain.run(long)
-    requests = [
-        r.replaced(max_tokens=80)
-        for r in map(continued, long, [o.tokens for o in first])
-    ]
-    expected = plain.run(requests)
+    prompts = random_prompts(24, seed=153, longest=300)
+    requests = [r.replaced(max_tokens=80) for r in prompts if len(r.prompt) > 160]
+    expected = engines.get(mistral, **OPTIONS).run(requests)
     engine = engines.get(mistral, head, **OPTIONS)
-    engine.forget_prefixes()
     plant(seed=153)
-    assert_same(first, engine.run(with_truth(long, first)), long)
+    planted = with_truth(requests, expected)
+    assert_same(expected, engine.run(planted), requests)
     moved = commits.moved
 
     null_blocks = poisoned(engine)
-    ids = [engine.add(request) for request in with_truth(requests, expected)]
+    ids = [engine.add(request) for request in planted]
     engine.step()
     groups = engine.runner.kv_cache_config.kv_cache_groups
     tables = engine.runner.input_batch.block_table
@@ -188,10 +183,6 @@ def test_prompts_found_in_the_cache_have_null_blocks(
     assert min(o.cached_tokens for o in actual) > 2 * WINDOW
     assert commits.moved > moved
     assert all(block.isnan().all() for block in null_blocks)
-
-
-def continued(request: Request, tokens: list[int]) -> Request:
-    return Request((*request.prompt, *tokens), request.params)
 
 
 @pytest.mark.parametrize("tree", [{}, {"tree": "chain"}], ids=["tree", "chain"])
