@@ -56,7 +56,7 @@ class _DraftAttention(LlamaAttention):
     """vLLM's, over the whole text even if the target's layers have a window.
 
     So heads are trained. And a draft's KV may be written long after the target's: in a
-    window its block might be another request's by then.
+    window its block could hold another request's by then.
     """
 
     def __init__(self, *, cache_config: CacheConfig, **kwargs: Any) -> None:
