@@ -107,9 +107,10 @@ def test_without_prefix_caching(
     assert commits.moved > len(requests)
 
 
-def save_adapter(folder: Path) -> Path:
+def save_adapter(folder: Path, seed: int) -> Path:
     """A LoRA on queries and values, strong enough to be seen in every text."""
-    torch.manual_seed(6)
+    folder.mkdir()
+    torch.manual_seed(seed)
     rank, head_size = 8, TINY.hidden_size // TINY.num_heads
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none"}
     config["target_modules"] = ["q_proj", "v_proj"]
@@ -129,19 +130,24 @@ def test_adapters_beside_the_base_model(
     engines: EnginePool,
     target: Path,
     clover2: Callable[..., Engine],
-    baseline: Baseline,
     run_planted: PlantedRun,
     commits: CommitSpy,
     tmp_path: Path,
 ) -> None:
-    adapter = LoRARequest("tiny", 1, str(save_adapter(tmp_path)))
-    options = {"enable_lora": True, "max_lora_rank": 8}
-    requests = random_prompts(8, seed=137)
-    adapted = [replace(r, lora=adapter) if i % 2 else r for i, r in enumerate(requests)]
-    expected = engines.get(target, **options).run(adapted)
-    same = [a.tokens == b.tokens for a, b in zip(expected, baseline(requests))]
-    assert same == [True, False] * 4
-    run_planted(clover2(**options), adapted, expected, seed=137)
+    adapters = [
+        LoRARequest(f"adapter-{i}", i, str(save_adapter(tmp_path / f"{i}", seed=i)))
+        for i in (1, 2)
+    ]
+    options = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
+    requests = [
+        replace(request, lora=adapter)
+        for request in random_prompts(5, seed=137)
+        for adapter in (*adapters, None)
+    ]
+    expected = engines.get(target, **options).run(requests)
+    for first, second in zip(expected[::3], expected[1::3]):  # of the same prompts
+        assert first.tokens != second.tokens
+    run_planted(clover2(**options), requests, expected, seed=137)
     assert commits.moved > len(requests)
 
 
