@@ -95,6 +95,13 @@ def test_batches_are_padded_to_graphs(part: str, results: dict[str, Any]) -> Non
     assert sizes >= {(4, 4), (3, 4), (2, 2)}
 
 
+def test_nodes_by_batch_size(results: dict[str, Any]) -> None:
+    """The scheduler cuts trees: those of 8 nodes have too few rows for the graphs."""
+    result = results["V2, graphs, planted, by batch size"]
+    assert {batch for batch, _ in result["augment_graphs"]} <= {1, 2, 3, 4, 5}
+    assert max(batch for batch, _ in result["growth_graphs"]) == 8
+
+
 def test_preemption_happened(results: dict[str, Any]) -> None:
     for name in ("preempted", "V2, graphs, preempted"):
         assert results[name]["preempted"] > 3
