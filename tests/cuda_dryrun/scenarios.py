@@ -93,7 +93,10 @@ WITH_GRAPHS = {
     "planted, by batch size": Scenario(
         TREES | {"num_speculative_tokens_per_batch_size": [[1, 5, 25], [6, 32, 8]]}
     ),
-    "chunked prefill": Scenario(TREES, options={"max_num_batched_tokens": 48}),
+    # Where memory is profiled, graphs are captured for that, and dropped.
+    "chunked prefill": Scenario(
+        TREES, options={"max_num_batched_tokens": 48, "kv_cache_memory_bytes": None}
+    ),
     "preempted": Scenario(TREES, tokens=48, options={"num_gpu_blocks_override": 24}),
     "aborted": Scenario(TREES, requests=12, aborted=3, options={"max_num_seqs": 4}),
 }
