@@ -168,7 +168,8 @@ class _FakeGpu(TorchDispatchMode):
         elif name in _SHAPE_FROM_VALUES and any(marked):
             transfers.add("wait", name)
         elif name == "aten::repeat_interleave" and any(marked):
-            if kwargs.get("output_size") is None:
+            by_number = len(args) > 1 and isinstance(args[1], int)
+            if kwargs.get("output_size") is None and not by_number:
                 transfers.add("wait", name)
         elif "index" in name and isinstance(args[1], list | tuple):
             self._check_index(name, args)
