@@ -125,7 +125,8 @@ class Calibration:
             torch.tensor(bounds, dtype=torch.float32, device=device)
             for bounds in (_MATCH_BOUNDS, _SHARE_BOUNDS, _PLACES_BOUNDS)
         ]
-        # What follows from the counts: alone, and beside a head.
+        # What follows from the counts: alone, and beside a head. It stays where it is:
+        # CUDA graphs read it.
         self._values = (self._counts[1::2] / self._counts[::2]).float()
 
     def judge(self, nodes: ContextNodes) -> ContextCandidates:
