@@ -97,7 +97,7 @@ def _register_emulated_kernels() -> None:
     """Our CUDA kernels; the mode sends them what is on the fake GPU."""
     import emulated_kernels
 
-    from vllm_clover2.ops import candidates, reference, schema
+    from vllm_clover2.ops import REFERENCES, schema
 
     fake_gpu.emulator = emulated_kernels.load()
     emulated = getattr(torch.ops, emulated_kernels.NAMESPACE)
@@ -106,8 +106,7 @@ def _register_emulated_kernels() -> None:
     for name in schema.SCHEMAS:
         operator = getattr(torch.ops.clover2, name).default
         if name in schema.WITHOUT_KERNEL["cuda"]:
-            module = reference if hasattr(reference, name) else candidates
-            fake_gpu.looked_into[operator] = getattr(module, name)
+            fake_gpu.looked_into[operator] = REFERENCES[name]
             continue
         kernel = getattr(emulated, name).default
         library.impl(name, kernel, "CUDA")

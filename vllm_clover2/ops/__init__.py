@@ -9,6 +9,7 @@ for the tensors' device, the pure-torch reference elsewhere, or everywhere with
 import functools
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -192,15 +193,14 @@ def _fake_recurrent_step(
     return torch.empty_like(state), torch.empty_like(state)
 
 
+REFERENCES: dict[str, Callable[..., Any]] = {
+    name: getattr(module, name)
+    for module in (reference, candidates, calibration)
+    for name in schema.SCHEMAS
+    if hasattr(module, name)
+}
 _LIBRARY = schema.register(
-    {
-        name: next(
-            getattr(module, name)
-            for module in (reference, candidates, calibration)
-            if hasattr(module, name)
-        )
-        for name in schema.SCHEMAS
-    },
+    REFERENCES,
     {
         "tree_attention": _fake_nothing,
         "tree_accept": _fake_tree_accept,
