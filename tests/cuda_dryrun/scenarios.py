@@ -76,7 +76,6 @@ OF_RUNNER_V2 = {
     "own drafts": Scenario(TREES, planted=False),
     "own drafts, penalties": Scenario(TREES, PENALTIES, planted=False),
     "own drafts, chain": Scenario({"tree": "chain"}, planted=False),
-    "own drafts, no head": Scenario(TREES | {"model": "none"}, planted=False),
     "planted, synchronous": Scenario(
         TREES, SEEDED, options={"async_scheduling": False}
     ),

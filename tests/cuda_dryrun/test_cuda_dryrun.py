@@ -64,13 +64,19 @@ def test_text_is_that_of_plain_vllm(name: str, results: dict[str, Any]) -> None:
         assert result["moved"] > scenario.requests
 
 
-@pytest.mark.parametrize("runner", ["V2", "V2, graphs"])
-@pytest.mark.parametrize("name", ["own drafts", "own drafts, no head"])
+@pytest.mark.parametrize(
+    ("name", "on_v1"),
+    [
+        ("V2, own drafts", "own drafts"),
+        ("V2, graphs, own drafts", "own drafts"),
+        ("V2, graphs, own drafts, no head", "own drafts, no head"),
+    ],
+)
 def test_both_runners_draft_the_same(
-    name: str, runner: str, results: dict[str, Any]
+    name: str, on_v1: str, results: dict[str, Any]
 ) -> None:
     """Below the same text; a near-tie may fall differently."""
-    v1, v2 = results[name]["trees"], results[f"{runner}, {name}"]["trees"]
+    v1, v2 = results[on_v1]["trees"], results[name]["trees"]
     texts = v1.keys() & v2.keys()
     assert len(texts) > 100
     equal = sum(v1[text] == v2[text] for text in texts)
@@ -92,7 +98,7 @@ PARTS = ("growth_graphs", "augment_graphs")
 @pytest.mark.parametrize("part", PARTS)
 def test_batches_are_padded_to_graphs(part: str, results: dict[str, Any]) -> None:
     sizes = {tuple(pair) for pair in results["V2, graphs, aborted"][part]}
-    assert sizes >= {(4, 4), (3, 4), (2, 2)}
+    assert sizes >= {(4, 4), (3, 4)}
 
 
 def test_nodes_by_batch_size(results: dict[str, Any]) -> None:
@@ -127,7 +133,6 @@ MOST = {
     "V2, own drafts": (1, 0, 0),
     "V2, own drafts, penalties": (1, 0, 0),
     "V2, own drafts, chain": (1, 0, 0),
-    "V2, own drafts, no head": (1, 0, 0),
     "V2, graphs, own drafts": (1, 0, 0),
     "V2, graphs, own drafts, no head": (1, 0, 0),
 }
