@@ -189,7 +189,8 @@ def _keep_to_model_runner_v1() -> None:
     @functools.wraps(stock)
     def unsupported_features(self: Any) -> list[str]:
         features = stock(self)
-        if _uses_clover2(self):
+        # Who sets the variable to 1 does without them: vLLM would refuse to start.
+        if _uses_clover2(self) and not self.speculative_config.runs_on_v2:
             features += self.speculative_config.missing_on_v2()
         return features
 
