@@ -199,6 +199,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     for name in schema.SCHEMAS
     if hasattr(module, name)
 }
+"""Every op in pure torch."""
 _LIBRARY = schema.register(
     REFERENCES,
     {
