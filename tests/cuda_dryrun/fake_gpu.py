@@ -6,61 +6,33 @@ asked to be on ``cuda`` is computed by the CPU, but
 
 - ``tensor.device`` says ``cuda:0``, so that code takes the branches it takes on a GPU;
 - an operator that gets tensors of both sides raises, and so does ``numpy()``;
-- waits of the host for the device are counted, by kind and place: ``transfers``.
+- waits of the host for the device are counted, by kind and place: ``transfers``;
+- CUDA graphs are captured and replayed: ``fake_graphs``.
 
 It replaces parts of torch for good: only for processes of their own.
 """
 
 import functools
-import sys
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import fake_graphs
 import torch
+from fake_transfers import caller, transfers
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 CAPABILITY = [9, 0]  # an H100; may be changed before vLLM is imported
 CUDA = torch.device("cuda", 0)
 _HOST = torch.device("cpu")
-_HERE = __file__
 _native = {name: getattr(torch.Tensor, name) for name in ("device", "to", "numpy")}
 
 
-class Transfers:
-    """What goes between host and device, by (kind, place), while ``counting``.
-
-    Kinds: ``wait`` (the host waits for the device), ``staged`` (a copy from memory that
-    is not pinned: asynchronous in name only), ``pin`` (memory is pinned for one copy).
-    """
-
-    def __init__(self) -> None:
-        self.counts: Counter[tuple[str, str]] = Counter()
-        self.counting = False
-
-    def add(self, kind: str, what: str) -> None:
-        if self.counting:
-            self.counts[kind, f"{what} at {_caller()}"] += 1
-
-    def total(self, kind: str) -> int:
-        return sum(n for (k, _), n in self.counts.items() if k == kind)
-
-
-transfers = Transfers()
 kernels: dict[Any, Any] = {}
 """What stands for an operator's CUDA kernel, by operator."""
-
-
-def _caller() -> str:
-    """``file.py:function``, of the nearest code of vLLM or of ours."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if ("/vllm/" in file or "/vllm_clover2/" in file) and file != _HERE:
-            return f"{file.rsplit('/', 1)[-1]}:{frame.f_code.co_name}"
-        frame = frame.f_back
-    return "elsewhere"
+looked_into: dict[Any, Any] = {}
+"""What an operator that has no kernel does, by operator."""
 
 
 _marks_are_seen = True
@@ -140,10 +112,15 @@ class _FakeGpu(TorchDispatchMode):
             self._check(name, inputs, marked, args, kwargs)
         known = {t.untyped_storage()._cdata for t in inputs}
         if any(marked) and func in kernels:
-            with inside_a_kernel():
-                result = kernels[func](*args, **kwargs)
+            result = launch(kernels[func], *args, **kwargs)
+        elif any(marked) and func in looked_into:
+            with self:
+                result = looked_into[func](*args, **kwargs)
         else:
             result = func(*args, **kwargs)
+            # What vLLM writes in Python was looked into.
+            if func.namespace != "vllm" and (any(marked) or wanted == "cuda"):
+                fake_graphs.written_down(func, args, kwargs, result)
         for tensor in _tensors(result):
             if tensor.untyped_storage()._cdata not in known:
                 if wanted == "cuda" if wanted else any(marked):
@@ -173,7 +150,7 @@ class _FakeGpu(TorchDispatchMode):
         if to_gpu == from_gpu:
             return
         direction = "to the device" if to_gpu else "to the host"
-        if blocking:
+        if blocking or fake_graphs.capturing():
             transfers.add("wait", f"copy {direction}")
         elif to_gpu and not _is_pinned(host):
             transfers.add("staged", f"copy {direction}")
@@ -191,7 +168,8 @@ class _FakeGpu(TorchDispatchMode):
         elif name in _SHAPE_FROM_VALUES and any(marked):
             transfers.add("wait", name)
         elif name == "aten::repeat_interleave" and any(marked):
-            if kwargs.get("output_size") is None:
+            by_number = len(args) > 1 and isinstance(args[1], int)
+            if kwargs.get("output_size") is None and not by_number:
                 transfers.add("wait", name)
         elif "index" in name and isinstance(args[1], list | tuple):
             self._check_index(name, args)
@@ -201,7 +179,7 @@ class _FakeGpu(TorchDispatchMode):
         if len(sides) > 1:
             raise RuntimeError(
                 f"Expected all tensors to be on the same device, but {name} got "
-                f"{[str(t.device) for t in inputs]} at {_caller()}"
+                f"{[str(t.device) for t in inputs]} at {caller()}"
             )
 
     def _check_index(self, name: str, args: tuple) -> None:
@@ -217,7 +195,7 @@ class _FakeGpu(TorchDispatchMode):
         ):
             raise RuntimeError(
                 f"Expected all tensors to be on the same device, but {name} got "
-                f"{[str(t.device) for t in _tensors(args)]} at {_caller()}"
+                f"{[str(t.device) for t in _tensors(args)]} at {caller()}"
             )
 
 
@@ -227,6 +205,22 @@ MODE = _FakeGpu()
 @contextmanager
 def inside_a_kernel() -> Iterator[None]:
     """What is done here is done by the device: nothing is checked or counted."""
+    if fake_graphs.capturing():
+        raise RuntimeError("this would be in no CUDA graph: use launch")
+    with _unseen():
+        yield
+
+
+def launch(kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run what stands for a kernel."""
+    with _unseen():
+        result = kernel(*args, **kwargs)
+    fake_graphs.written_down(kernel, args, kwargs, result)
+    return result
+
+
+@contextmanager
+def _unseen() -> Iterator[None]:
     global _marks_are_seen
     before, _marks_are_seen = _marks_are_seen, False
     try:
@@ -288,7 +282,7 @@ def _numpy(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     if on_gpu(self):
         raise TypeError(
             f"can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to "
-            f"copy the tensor to host memory first. At {_caller()}"
+            f"copy the tensor to host memory first. At {caller()}"
         )
     return _native["numpy"](self, *args, **kwargs)
 
@@ -338,6 +332,12 @@ def _constructor(native: Any) -> Any:
         return tensor.to(device)
 
     return construct
+
+
+class _Graph(fake_graphs.CUDAGraph):
+    def replay(self) -> None:
+        with inside_a_kernel():
+            super().replay()
 
 
 class _Event:
@@ -444,7 +444,6 @@ def _install_cuda() -> None:
         "default_stream": stream,
         "stream": nullcontext(),
         "device": nullcontext(),
-        "is_current_stream_capturing": False,
         "is_initialized": True,
         "_lazy_init": None,
         "init": None,
@@ -464,6 +463,8 @@ def _install_cuda() -> None:
         setattr(torch.accelerator, name, _always(value))
     torch.cuda.memory.get_allocator_backend = _always("fake")
     torch.cuda.Stream, torch.cuda.Event = _Stream, _Event
+    torch.cuda.CUDAGraph, torch.cuda.graph = _Graph, fake_graphs.graph
+    torch.cuda.is_current_stream_capturing = fake_graphs.capturing
     torch.Stream, torch.Event, torch.Generator = _Stream, _Event, _Generator
     torch.version.cuda = "13.0"
 

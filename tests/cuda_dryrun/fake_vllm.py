@@ -16,7 +16,7 @@ from typing import Any
 import fake_gpu
 import fake_triton
 import torch
-from fake_gpu import MODE, inside_a_kernel
+from fake_gpu import MODE, inside_a_kernel, launch
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -25,16 +25,30 @@ ENVIRONMENT = {
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_BREAKABLE_CUDAGRAPH": "1",  # graphs without torch.compile
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # FlashInfer is not there
 }
-# Engine options that keep away from compiled libraries.
-ENGINE = {
+# Engine options that keep away from compiled libraries, and those that keep graphs.
+ENGINE: dict[str, Any] = {
     "dtype": "float32",  # so that texts can be compared exactly
     "enforce_eager": True,
     "gpu_memory_utilization": 0.5,
     "compilation_config": {"mode": 0, "custom_ops": ["none"]},
     "kernel_config": {
         "ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]}
+    },
+}
+
+GRAPHS = {
+    "enforce_eager": False,
+    # Without Triton there is nothing to compile ahead.
+    "kernel_config": ENGINE["kernel_config"] | {"enable_jit_warmup": False},
+    "compilation_config": {
+        "mode": 0,
+        "custom_ops": ["none"],
+        "cudagraph_mode": "PIECEWISE",
+        # Batch sizes, and rows of batches that verify trees, or draft below them.
+        "cudagraph_capture_sizes": [1, 2, 4, 8, 34, 68, 136],
     },
 }
 
@@ -83,16 +97,21 @@ def _register_emulated_kernels() -> None:
     """Our CUDA kernels; the mode sends them what is on the fake GPU."""
     import emulated_kernels
 
-    from vllm_clover2.ops import schema
+    from vllm_clover2.ops import candidates, reference, schema
 
     fake_gpu.emulator = emulated_kernels.load()
     emulated = getattr(torch.ops, emulated_kernels.NAMESPACE)
     library = torch.library.Library(schema.NAMESPACE, "IMPL")  # noqa: TOR901
     fake_gpu.emulator.implementations = library  # lives as long as the process
-    for name in schema.SCHEMAS.keys() - schema.WITHOUT_KERNEL["cuda"]:
+    for name in schema.SCHEMAS:
+        operator = getattr(torch.ops.clover2, name).default
+        if name in schema.WITHOUT_KERNEL["cuda"]:
+            module = reference if hasattr(reference, name) else candidates
+            fake_gpu.looked_into[operator] = getattr(module, name)
+            continue
         kernel = getattr(emulated, name).default
         library.impl(name, kernel, "CUDA")
-        fake_gpu.kernels[getattr(torch.ops.clover2, name).default] = kernel
+        fake_gpu.kernels[operator] = kernel
 
 
 def _define_missing_operators(folder: Path) -> None:
@@ -136,6 +155,7 @@ def _replace_kernels() -> None:
     import vllm.vllm_flash_attn
 
     vllm.utils.torch_utils.get_accelerator_view_from_cpu_tensor = fake_gpu.mapped
+    vllm.utils.torch_utils.weak_ref_tensor = lambda value: value
 
     ops = vllm._custom_ops
     ops.reshape_and_cache_flash = _write_kv
@@ -143,7 +163,7 @@ def _replace_kernels() -> None:
     ops.cutlass_scaled_mm_supports_fp8 = lambda _: False
     ops.cutlass_scaled_mm_supports_block_fp8 = lambda _: False
     vllm.vllm_flash_attn.flash_attn_varlen_func = _flash_attention
-    vllm.vllm_flash_attn.get_scheduler_metadata = lambda **_: None
+    vllm.vllm_flash_attn.get_scheduler_metadata = _plan_attention
 
     from vllm.model_executor.models import registry
     from vllm.model_executor.warmup import kernel_warmup
@@ -218,12 +238,15 @@ def _write_kv(
     *_: Any,
 ) -> None:
     _on_gpu(key, value, key_cache, value_cache, slot_mapping)
-    with inside_a_kernel():
+
+    def write(slot_mapping: torch.Tensor, *pairs: torch.Tensor) -> None:
         rows = (slot_mapping >= 0).nonzero()[:, 0]
         slots = slot_mapping[rows]
-        block_size = key_cache.shape[1]
-        key_cache[slots // block_size, slots % block_size] = key[rows]
-        value_cache[slots // block_size, slots % block_size] = value[rows]
+        for new, cache in zip(pairs[:2], pairs[2:], strict=True):
+            block_size = cache.shape[1]
+            cache[slots // block_size, slots % block_size] = new[rows]
+
+    launch(write, slot_mapping, key, value, key_cache, value_cache)
 
 
 def _flash_attention(
@@ -236,15 +259,22 @@ def _flash_attention(
     block_table: torch.Tensor,  # [requests, max_blocks]
     softmax_scale: float,
     causal: bool,
+    scheduler_metadata: torch.Tensor | None = None,
     **_: Any,
 ) -> None:
     """Causal attention of each request's last rows over its KV."""
     assert causal
     _on_gpu(q, k, v, out, cu_seqlens_q, seqused_k, block_table)
-    with inside_a_kernel():
+
+    def attend(*tensors: torch.Tensor, plan: torch.Tensor | None) -> None:
+        q, k, v, out, block_table, cu_seqlens_q, seqused_k = tensors
+        if plan is not None and not plan.equal(seqused_k):
+            raise RuntimeError("attention by the plan of another batch")
         starts = cu_seqlens_q.tolist()
         for request, length in enumerate(seqused_k.tolist()):
             first, end = starts[request : request + 2]
+            if first == end:  # pads the batch of a graph
+                continue
             pages = block_table[request].long()
             keys, values = (
                 cache[pages].flatten(0, 1)[:length].transpose(0, 1) for cache in (k, v)
@@ -258,3 +288,11 @@ def _flash_attention(
                 scale=softmax_scale,
                 enable_gqa=True,
             ).transpose(0, 1)
+
+    tensors = q, k, v, out, block_table, cu_seqlens_q, seqused_k
+    launch(attend, *tensors, plan=scheduler_metadata)
+
+
+def _plan_attention(cache_seqlens: torch.Tensor, **_: Any) -> torch.Tensor:
+    """What FlashAttention 3 plans ahead follows from all lengths of a batch."""
+    return cache_seqlens.clone()

@@ -2,7 +2,7 @@
 """Plants the continuation into trees on Model Runner V2.
 
 There a step knows its requests by their slots on the device, and how far they got is
-known on the device only.
+known on the device only. Graphs may have grown the trees; they are replaced afterwards.
 """
 
 from typing import Any
@@ -12,7 +12,6 @@ from fake_gpu import inside_a_kernel
 from planting import TRUTH, Planter, padded_trees
 
 from vllm_clover2.integration.v2.drafting import DeviceDrafting
-from vllm_clover2.tree.grower import Growth, TreeGrower
 from vllm_clover2.tree.types import GrownTrees
 
 
@@ -21,32 +20,26 @@ def install(planter: Planter, runner: Any, patch: Any) -> None:
     truths: dict[int, list[int]] = {}  # by slot
     states = runner.req_states
     stock_add, stock_draft = DeviceDrafting.add_request, DeviceDrafting.draft
-    stock_grow = TreeGrower.grow
-    slots: list[int] = []
 
     def add_request(drafting: DeviceDrafting, slot: int, params: Any) -> None:
         truths[slot] = (params.extra_args or {}).get(TRUTH, [])
         stock_add(drafting, slot, params)
 
     def draft(
-        drafting: DeviceDrafting, head: Any, hidden: Any, batch: Any, count: Any
+        drafting: DeviceDrafting, head: Any, hidden: Any, batch: Any, *args: Any
     ) -> torch.Tensor:
-        slots[:] = batch.idx_mapping_np.tolist()
-        return stock_draft(drafting, head, hidden, batch, count)
-
-    def grow(grower: TreeGrower, *args: Any, **kwargs: Any) -> Growth:
         # What would have been grown must not fail either.
-        growth = stock_grow(grower, *args, **kwargs)
+        stock_draft(drafting, head, hidden, batch, *args)
+        slots = batch.idx_mapping_np.tolist()
         with inside_a_kernel():
             lengths = states.total_len.gpu[slots].tolist()
-        nodes = grower.options.num_nodes
+        nodes = drafting.options.num_nodes
         trees = []
         for slot, length in zip(slots, lengths, strict=True):
             told = length - int(states.prompt_len.np[slot])
             trees.append(planter.tree(truths[slot][told:], nodes))
         planted = (part.to("cuda") for part in padded_trees(trees, nodes))
-        return growth._replace(trees=GrownTrees(*planted))
+        return drafting.keep(batch, GrownTrees(*planted))
 
     patch(DeviceDrafting, "add_request", add_request)
     patch(DeviceDrafting, "draft", draft)
-    patch(TreeGrower, "grow", grow)

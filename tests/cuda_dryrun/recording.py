@@ -38,17 +38,21 @@ def _record_v1(runner: Any, trees: Trees, patch: Any) -> None:
 
 
 def _record_v2(states: Any, trees: Trees, patch: Any) -> None:
-    from vllm_clover2.integration.v2.trees import DeviceTrees
+    from vllm_clover2.integration.v2.drafting import DeviceDrafting
 
-    stock = DeviceTrees.put
+    stock = DeviceDrafting.draft
 
-    def put(kept: Any, slots: torch.Tensor, grown: Any, *args: Any) -> torch.Tensor:
-        with inside_a_kernel():
-            for row, slot in enumerate(slots.tolist()):
-                size, prompt = int(grown.sizes[row]), states.all_token_ids.gpu[slot]
+    def draft(
+        drafting: DeviceDrafting, head: Any, hidden: Any, batch: Any, *args: Any
+    ) -> torch.Tensor:
+        drafts = stock(drafting, head, hidden, batch, *args)
+        kept = drafting.trees
+        with inside_a_kernel():  # graphs may have grown them: look at what was kept
+            for tokens, slot in zip(drafts, batch.idx_mapping_np, strict=True):
+                prompt, size = states.all_token_ids.gpu[slot], int(kept._sizes[slot])
                 text = _text(prompt, int(states.total_len.gpu[slot]))
-                tokens, parents = grown.tokens[row, :size], grown.parents[row, :size]
-                trees[text] = tokens.tolist(), parents.tolist()
-        return stock(kept, slots, grown, *args)
+                parents = kept._parents[slot, 1 : 1 + size]
+                trees[text] = tokens[:size].tolist(), parents.tolist()
+        return drafts
 
-    patch(DeviceTrees, "put", put)
+    patch(DeviceDrafting, "draft", draft)

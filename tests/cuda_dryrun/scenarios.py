@@ -40,6 +40,7 @@ class Scenario:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     others: tuple[dict[str, Any], ...] = ()  # parameters of every further request
     aborted: int = 0  # requests that are aborted after a few steps
+    graphs: bool = False  # replay CUDA graphs where there are any
     runner: str = "V1"
 
     def params_of(self, number: int) -> dict[str, Any]:
@@ -73,19 +74,32 @@ OF_RUNNER_V2 = {
     "own drafts": Scenario(TREES, planted=False),
     "own drafts, penalties": Scenario(TREES, PENALTIES, planted=False),
     "own drafts, chain": Scenario({"tree": "chain"}, planted=False),
+    "planted, synchronous": Scenario(
+        TREES, SEEDED, options={"async_scheduling": False}
+    ),
+    "CUDA kernels": Scenario(TREES, requests=3, tokens=10, emulated=True),
+}
+WITH_GRAPHS = {
+    "own drafts": Scenario(TREES, planted=False),
     "own drafts, no head": Scenario(TREES | {"model": "none"}, planted=False),
     "planted, static": Scenario({"tree": "static"}),
     "planted, chain": Scenario({"tree": "chain"}),
     "planted, all kinds": Scenario(
         TREES, requests=10, others=(SEEDED, PENALTIES, BAD_WORDS, GRAMMAR)
     ),
-    "planted, synchronous": Scenario(
-        TREES, SEEDED, options={"async_scheduling": False}
+    "planted, by batch size": Scenario(
+        TREES | {"num_speculative_tokens_per_batch_size": [[1, 5, 25], [6, 32, 8]]}
     ),
-    "chunked prefill": Scenario(TREES, options={"max_num_batched_tokens": 48}),
+    # Where memory is profiled, graphs are captured for that, and dropped.
+    "chunked prefill": Scenario(
+        TREES, options={"max_num_batched_tokens": 48, "kv_cache_memory_bytes": None}
+    ),
     "preempted": Scenario(TREES, tokens=48, options={"num_gpu_blocks_override": 24}),
     "aborted": Scenario(TREES, requests=12, aborted=3, options={"max_num_seqs": 4}),
-    "CUDA kernels": Scenario(TREES, requests=3, tokens=10, emulated=True),
+}
+OF_RUNNER_V2 |= {
+    f"graphs, {name}": dataclasses.replace(scenario, graphs=True)
+    for name, scenario in WITH_GRAPHS.items()
 }
 SCENARIOS |= {
     f"V2, {name}": dataclasses.replace(scenario, runner="V2")
@@ -146,9 +160,8 @@ class Bed:
         from planting import CommitSpy, with_truth
         from recording import record
 
-        engine = self._engine(
-            scenario, self.head, tree=scenario.tree, **scenario.options
-        )
+        options = (fake_vllm.GRAPHS if scenario.graphs else {}) | scenario.options
+        engine = self._engine(scenario, self.head, tree=scenario.tree, **options)
         spy = CommitSpy()
         with ExitStack() as stack:
             stack.enter_context(emulated_attention(scenario.emulated))
@@ -269,6 +282,23 @@ def _counting(stock: Callable[..., Any], counts: dict[str, Any], key: str) -> An
     return call
 
 
+def count_replays(engine: Any, counts: dict[str, Any], patch: Any) -> None:
+    """Batch sizes of both parts of drafting, and which of them a graph was for."""
+    speculator = getattr(engine.runner, "speculator", None)
+    for part in ("augment_graphs", "growth_graphs"):
+        if (graphs := getattr(speculator, part, None)) is None:
+            continue
+        counts[part] = sizes = []
+        stock = graphs.size_for
+
+        def size_for(batch: int, stock: Any = stock, sizes: list[Any] = sizes) -> Any:
+            size = stock(batch)
+            sizes.append([batch, size and size.num_reqs])
+            return size
+
+        patch(graphs, "size_for", size_for)
+
+
 @contextmanager
 def counted(engine: Any) -> Iterator[dict[str, Any]]:
     """Steps, preemptions, kernel launches and transfers while the engine runs."""
@@ -280,6 +310,7 @@ def counted(engine: Any) -> Iterator[dict[str, Any]]:
             (engine.scheduler, "_preempt_request", "preempted"),
         ):
             patch(owner, name, _counting(getattr(owner, name), counts, key))
+        count_replays(engine, counts, patch)
         launched = emulator.emulated_kernels_run()
         transfers.counts.clear()
         transfers.counting = True

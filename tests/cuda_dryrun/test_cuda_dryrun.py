@@ -64,18 +64,52 @@ def test_text_is_that_of_plain_vllm(name: str, results: dict[str, Any]) -> None:
         assert result["moved"] > scenario.requests
 
 
-@pytest.mark.parametrize("name", ["own drafts", "own drafts, no head"])
-def test_both_runners_draft_the_same(name: str, results: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("name", "on_v1"),
+    [
+        ("V2, own drafts", "own drafts"),
+        ("V2, graphs, own drafts", "own drafts"),
+        ("V2, graphs, own drafts, no head", "own drafts, no head"),
+    ],
+)
+def test_both_runners_draft_the_same(
+    name: str, on_v1: str, results: dict[str, Any]
+) -> None:
     """Below the same text; a near-tie may fall differently."""
-    v1, v2 = results[name]["trees"], results[f"V2, {name}"]["trees"]
+    v1, v2 = results[on_v1]["trees"], results[name]["trees"]
     texts = v1.keys() & v2.keys()
     assert len(texts) > 100
     equal = sum(v1[text] == v2[text] for text in texts)
     assert equal > 0.95 * len(texts)
 
 
+@pytest.mark.parametrize("name", [n for n, s in SCENARIOS.items() if s.graphs])
+def test_graphs_draft(name: str, results: dict[str, Any]) -> None:
+    """Every batch up to the largest size; the head's KV where all verify trees."""
+    growth, augment = (results[name].get(part, []) for part in PARTS)
+    assert len(growth) > results[name]["steps"] / 2
+    assert (augment == []) == ("no head" in name)
+    assert all((size is None) == (batch > 8) for batch, size in growth + augment)
+
+
+PARTS = ("growth_graphs", "augment_graphs")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_batches_are_padded_to_graphs(part: str, results: dict[str, Any]) -> None:
+    sizes = {tuple(pair) for pair in results["V2, graphs, aborted"][part]}
+    assert sizes >= {(4, 4), (3, 4)}
+
+
+def test_nodes_by_batch_size(results: dict[str, Any]) -> None:
+    """The scheduler cuts trees: those of 8 nodes have too few rows for the graphs."""
+    result = results["V2, graphs, planted, by batch size"]
+    assert {batch for batch, _ in result["augment_graphs"]} <= {1, 2, 3, 4, 5}
+    assert max(batch for batch, _ in result["growth_graphs"]) == 8
+
+
 def test_preemption_happened(results: dict[str, Any]) -> None:
-    for name in ("preempted", "V2, preempted"):
+    for name in ("preempted", "V2, graphs, preempted"):
         assert results[name]["preempted"] > 3
     assert results["chunked prefill"]["drafts"]["trimmed by the scheduler"] > 0
 
@@ -99,7 +133,8 @@ MOST = {
     "V2, own drafts": (1, 0, 0),
     "V2, own drafts, penalties": (1, 0, 0),
     "V2, own drafts, chain": (1, 0, 0),
-    "V2, own drafts, no head": (1, 0, 0),
+    "V2, graphs, own drafts": (1, 0, 0),
+    "V2, graphs, own drafts, no head": (1, 0, 0),
 }
 
 

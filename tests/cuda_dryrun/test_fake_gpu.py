@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fake device tells host from device, refuses to mix them, and counts waits."""
+"""The fake device tells host from device, refuses to mix them, counts waits, and
+replays CUDA graphs.
+"""
 
 import json
 import subprocess
@@ -58,6 +60,7 @@ COUNTS = {  # waits of the host, copies from memory that is not pinned
     "device.nonzero()": (1, 0),
     "device.repeat_interleave(device.long())": (1, 0),
     "device.repeat_interleave(device.long(), output_size=6)": (0, 0),
+    "device.repeat_interleave(2)": (0, 0),
     "torch.cuda.Event().synchronize()": (1, 0),
     "torch.cuda.synchronize()": (1, 0),
 }
@@ -116,3 +119,60 @@ def test_device_memory_cannot_be_read(results: dict[str, Any]) -> None:
 @pytest.mark.parametrize("program", COUNTS)
 def test_what_waits(program: str, results: dict[str, Any]) -> None:
     assert tuple(results[program][1]) == COUNTS[program]
+
+
+GRAPHS = """
+import fake_gpu, torch
+fake_gpu.install()
+
+def captured(part):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = part()
+    return graph, result
+
+def refused(do, *args):
+    try:
+        do(*args)
+    except RuntimeError as error:
+        return str(error)
+
+with torch.inference_mode():
+    buffer, host = torch.zeros(2, device="cuda"), 1
+    graph, result = captured(lambda: (buffer * 2 + host).cumsum(0)[1:])
+    # What another graph makes of it lies in memory that both use.
+    after, last = captured(lambda: result + 1)
+    buffer.fill_(3)
+    host = 5
+    graph.replay()
+    after.replay()
+    assert (result.item(), last.item()) == (14, 15)  # on the memory, not on the host
+
+    fresh = buffer + 1
+    graph, _ = captured(lambda: fresh * 2)
+    graph.replay()
+    del fresh
+    assert "was freed after its capture" in refused(graph.replay)
+
+    while_captured = "while a CUDA graph is captured"
+    for part in (
+        lambda: buffer.sum().item(),
+        lambda: buffer[buffer > 1],
+        lambda: torch.tensor([1.0], device="cuda"),
+        lambda: buffer.copy_(torch.ones(2).pin_memory(), non_blocking=True),
+        lambda: torch.cuda.synchronize(),
+    ):
+        assert while_captured in refused(captured, part), part
+"""
+
+
+def test_graphs_run_on_memory_alone() -> None:
+    """A replay sees what is in the buffers; not what was freed, nor the host."""
+    done = subprocess.run(
+        [sys.executable, "-c", GRAPHS],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -145,13 +145,15 @@ class Calibration:
             torch.tensor(bounds, dtype=torch.float32, device=device)
             for bounds in (_MATCH_BOUNDS, _SHARE_BOUNDS, _PLACES_BOUNDS)
         ]
-        self._alone = self._beside = torch.empty(0)
+        # They stay where they are: CUDA graphs read them.
+        self._alone = torch.empty(_CELLS, device=device)
+        self._beside = torch.empty_like(self._alone)
         self._update()
 
     def _update(self) -> None:
         trials, hits, trials_beside, credit = self._counts
-        self._alone = (hits / trials).float()
-        self._beside = (credit / trials_beside).float()
+        self._alone.copy_(hits / trials)
+        self._beside.copy_(credit / trials_beside)
 
     def cells(self, nodes: ContextNodes) -> torch.Tensor:
         """The kind of every node [B, N] int64; 0 for padding."""

@@ -167,7 +167,7 @@ class _Level(NamedTuple):
     top_k: int
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache  # for good: CUDA graphs read them
 def _levels(shape: TreeShape, device: torch.device) -> tuple[_Level, ...]:
     """The growth plan of a shape; ``grown`` and ``source`` count within a level."""
 
@@ -194,7 +194,7 @@ def _levels(shape: TreeShape, device: torch.device) -> tuple[_Level, ...]:
     return tuple(levels)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache
 def _static_rows(
     shape: TreeShape, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -119,6 +119,26 @@ EXPECTED_WORKER_V2 = {
     f"{_V2}.block_table:BlockTables.compute_slot_mappings": (
         "self idx_mapping query_start_loc positions num_tokens_padded out"
     ),
+    f"{_V2}.cudagraph_utils:CudaGraphManager.__init__": (
+        "self vllm_config device cudagraph_mode decode_query_len lora_capture_cases "
+        "varlen_decode ubatch_runner"
+    ),
+    f"{_V2}.cudagraph_utils:CudaGraphManager.capture": (
+        "self create_forward_fn progress_bar_desc"
+    ),
+    f"{_V2}.cudagraph_utils:CudaGraphManager.dispatch": (
+        "self num_reqs num_tokens uniform_token_count num_active_loras max_query_len "
+        "num_ubatches"
+    ),
+    f"{_V2}.cudagraph_utils:CudaGraphManager.run_fullgraph": "self desc",
+    f"{_V2}.cudagraph_utils:prepare_inputs_to_capture": (
+        "num_reqs num_tokens model_state input_buffers block_tables attn_groups "
+        "kv_cache_config full_cudagraph max_query_len pcp_manager"
+    ),
+    f"{_V2}.spec_decode.speculator:DraftModelSpeculator._build_attn_metadata": (
+        "self num_reqs batch_desc query_start_loc_np seq_lens_cpu_upper_bound step "
+        "causal dcp_local_seq_lens slot_mappings"
+    ),
 }
 """The same for Model Runner V2."""
 

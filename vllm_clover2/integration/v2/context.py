@@ -30,7 +30,8 @@ class DeviceContext:
         self._calibration = calibration
         self._texts = states.all_token_ids
         self._lengths = states.total_len
-        shape = states.max_num_reqs, limits.max_nodes
+        # The last row is that of slot -1, of requests that only pad a batch.
+        shape = states.max_num_reqs + 1, limits.max_nodes
 
         def by_slot(dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)

@@ -1,22 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is drafted at the end of a step, with a head and without one, on the device."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.penalties import use_penalty
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_clover2.integration.step import of_first_rank
 from vllm_clover2.integration.v2.context import DeviceContext
+from vllm_clover2.integration.v2.graphs import DraftingGraphs
 from vllm_clover2.integration.v2.trees import DeviceTrees
 from vllm_clover2.tree.grower import TreeGrower
 from vllm_clover2.tree.growth import Draft
+from vllm_clover2.tree.types import GrownTrees
 
 logger = init_logger(f"vllm.{__name__}")
+
+
+class _Inputs(NamedTuple):
+    """What a graph reads, for R requests at most; those that pad have slot -1."""
+
+    states: torch.Tensor  # [R, hidden]
+    slots: torch.Tensor  # [R] int64
+    num_sampled: torch.Tensor  # [R] int32
+
+    def fill(self, *values: torch.Tensor) -> None:
+        """Set the first requests, and the others to such as pad."""
+        count = len(values[0])
+        for buffer, value in zip(self, values, strict=True):
+            buffer[:count] = value
+        self.slots[count:] = -1
+        self.num_sampled[count:] = 0
 
 
 class DeviceDrafting:
@@ -25,7 +47,8 @@ class DeviceDrafting:
     def __init__(
         self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState
     ) -> None:
-        self.options = vllm_config.speculative_config.tree_options()
+        speculative = vllm_config.speculative_config
+        self.options = speculative.tree_options()
         if self.options.adaptive and not self.options.has_fixed_shape:
             logger.info(
                 "clover2: trees have %d nodes in every step, whatever that costs: "
@@ -37,6 +60,16 @@ class DeviceDrafting:
             self.options.num_nodes,
             self.options.max_depth,
             device,
+        )
+        hidden_size = 0
+        if speculative.has_head:
+            hidden_size = speculative.draft_model_config.get_hidden_size()
+        slots = req_states.max_num_reqs
+        dtype = vllm_config.model_config.dtype
+        self._inputs = _Inputs(
+            torch.zeros(slots, hidden_size, dtype=dtype, device=device),
+            torch.zeros(slots, dtype=torch.int64, device=device),
+            torch.zeros(slots, dtype=torch.int32, device=device),
         )
         self.chains_for_all = False
         self._chains = UvaBackedTensor(req_states.max_num_reqs, dtype=torch.int32)
@@ -66,17 +99,60 @@ class DeviceDrafting:
         states: torch.Tensor,  # [R, hidden] of the head at the roots
         batch: InputBatch,
         num_sampled: torch.Tensor,  # [R] int32
+        graphs: DraftingGraphs,
     ) -> torch.Tensor:  # [R, nodes] int64
         """Grow and keep a tree for every request; returns the tokens."""
-        slots, context, chains = batch.idx_mapping, None, None
-        if self._context is not None:
-            context = self._context.candidates(slots, num_sampled)
-        growth = self._grower.grow(head, states, context)
-        if self._context is not None:
-            self._context.remember(slots, growth.walk)
+        slots, count = batch.idx_mapping, batch.num_reqs
+        size = graphs.size_for(count)
+        if size is None:
+            return self.keep(batch, self._grow(head, states, slots, num_sampled))
+        self._inputs.fill(states, slots, num_sampled)
+        trees, tokens = graphs.replay(size)
+        trees = GrownTrees(*(part[:count] for part in trees))
+        return self.keep(batch, trees, tokens[:count])
+
+    def part_for(
+        self, head: Draft | None, size: BatchExecutionDescriptor
+    ) -> Callable[[], tuple[GrownTrees, torch.Tensor]]:
+        """What a graph does: grow and keep trees for the requests in the buffers."""
+        nobody = _Inputs(*(buffer[:0] for buffer in self._inputs))
+        self._inputs.fill(*nobody)
+        states, slots, num_sampled = (b[: size.num_reqs] for b in self._inputs)
+
+        def part() -> tuple[GrownTrees, torch.Tensor]:
+            trees = self._grow(head, states, slots, num_sampled)
+            return trees, self.trees.put(slots, trees)
+
+        return part
+
+    def keep(
+        self,
+        batch: InputBatch,
+        trees: GrownTrees,  # of its requests
+        kept: torch.Tensor | None = None,  # tokens, if the trees were kept as they are
+    ) -> torch.Tensor:  # [R, nodes] int64
+        """Keep the trees, or chains of them where drafts are read as text."""
+        slots, chains = batch.idx_mapping, None
         if self._chains.np[batch.idx_mapping_np].any():
             chains = self._chains.gpu[slots] > 0
-        return self.trees.put(slots, of_first_rank(growth.trees), chains)
+        agreed = of_first_rank(trees)
+        if kept is not None and chains is None and agreed is trees:
+            return kept
+        return self.trees.put(slots, agreed, chains)
+
+    def _grow(
+        self,
+        head: Draft | None,
+        states: torch.Tensor,  # [R, hidden]
+        slots: torch.Tensor,  # [R] int64
+        num_sampled: torch.Tensor,  # [R] int32
+    ) -> GrownTrees:
+        if self._context is None:
+            return self._grower.grow(head, states, None).trees
+        context = self._context.candidates(slots, num_sampled)
+        growth = self._grower.grow(head, states, context)
+        self._context.remember(slots, growth.walk)
+        return growth.trees
 
     def dummy_draft(self, head: Draft | None, states: torch.Tensor) -> None:
         """Grow trees that nobody gets."""

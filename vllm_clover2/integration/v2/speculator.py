@@ -4,17 +4,28 @@
 Shapes follow from what the scheduler planned, never from what was accepted. Of every
 verified tree as many rows are computed as its deepest path could have; those beyond the
 accepted ones leave KV that the next step overwrites before it is read.
+
+Both halves are replayed as CUDA graphs: growing always, the draft's KV where all
+requests of the batch verified whole trees, so that they have equally many rows.
 """
 
+import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import BatchDescriptor, set_forward_context
+from vllm.logger import init_logger
 from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
-from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.cudagraph_utils import (
+    BatchExecutionDescriptor,
+    prepare_inputs_to_capture,
+)
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.eagle.utils import load_eagle_model
 from vllm.v1.worker.gpu.spec_decode.speculator import (
@@ -23,9 +34,13 @@ from vllm.v1.worker.gpu.spec_decode.speculator import (
 )
 from vllm.v1.worker.gpu.states import RequestState
 
+from vllm_clover2.integration.attention import understands_trees
 from vllm_clover2.integration.compat import patches
 from vllm_clover2.integration.step import rows_of_text
 from vllm_clover2.integration.v2.drafting import DeviceDrafting
+from vllm_clover2.integration.v2.graphs import DraftingGraphs
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 def make_speculator(
@@ -37,17 +52,7 @@ def make_speculator(
     return kind(vllm_config, device, req_states)
 
 
-class _WithoutGraphs(BaseSpeculator):
-    """A speculator that is not captured in CUDA graphs."""
-
-    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """None is needed."""
-
-    def capture(self) -> None:
-        """Nothing to capture."""
-
-
-class ContextSpeculator(_WithoutGraphs):
+class ContextSpeculator(BaseSpeculator):
     """Drafts without a head: what followed in the texts before is the only source."""
 
     draft_logits = None
@@ -57,7 +62,19 @@ class ContextSpeculator(_WithoutGraphs):
     def __init__(
         self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState
     ) -> None:
+        self._vllm_config, self._device = vllm_config, device
         self.drafting = DeviceDrafting(vllm_config, device, req_states)
+        self.growth_graphs: DraftingGraphs
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        self.growth_graphs = DraftingGraphs(
+            self._vllm_config, self._device, cudagraph_mode, rows=1
+        )
+
+    def capture(self) -> None:
+        self.growth_graphs.capture_part(
+            partial(self.drafting.part_for, None), "growing trees"
+        )
 
     @torch.inference_mode()
     def propose(
@@ -75,7 +92,9 @@ class ContextSpeculator(_WithoutGraphs):
         nothing = last_hidden_states[: input_batch.num_reqs, :0]
         if dummy_run:
             return nothing.long()
-        return self.drafting.draft(None, nothing, input_batch, num_sampled)
+        return self.drafting.draft(
+            None, nothing, input_batch, num_sampled, self.growth_graphs
+        )
 
 
 class _TextRows(NamedTuple):
@@ -88,8 +107,11 @@ class _TextRows(NamedTuple):
     starts: np.ndarray  # [R + 1] int32 first of each request, and the end
 
 
-class HeadSpeculator(_WithoutGraphs, DraftModelSpeculator):
+class HeadSpeculator(DraftModelSpeculator):
     """Drafts with a head, for all requests of a batch at once."""
+
+    growth_graphs: DraftingGraphs
+    augment_graphs: DraftingGraphs
 
     def __init__(
         self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState
@@ -98,6 +120,9 @@ class HeadSpeculator(_WithoutGraphs, DraftModelSpeculator):
         self.drafting = DeviceDrafting(vllm_config, device, req_states)
         self._max_depth = self.drafting.options.max_depth
         self._texts = req_states.all_token_ids
+        # What graphs read besides vLLM's input buffers.
+        self._hidden = torch.empty(0)
+        self._last = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
 
     def load_draft_model(
         self, target_model: torch.nn.Module, target_attn_layer_names: set[str]
@@ -107,6 +132,34 @@ class HeadSpeculator(_WithoutGraphs, DraftModelSpeculator):
         get_language_model = getattr(target_model, "get_language_model", None)
         model.bind_target(get_language_model() if get_language_model else target_model)
         return model
+
+    @property
+    def attn_vllm_config(self) -> VllmConfig:
+        """Of the draft's attention, which keeps its plans in place for whole graphs."""
+        config = copy.copy(super().attn_vllm_config)
+        if config.compilation_config.cudagraph_mode:
+            compilation = copy.copy(config.compilation_config)
+            compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+            config.compilation_config = compilation
+        return config
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        make = partial(DraftingGraphs, self.vllm_config, self.device)
+        self.growth_graphs = make(cudagraph_mode, rows=1)
+        if not self._attention_can_be_captured():
+            logger.info_once("clover2: the draft's attention stays outside CUDA graphs")
+            cudagraph_mode = CUDAGraphMode.NONE
+        self.augment_graphs = make(cudagraph_mode, rows=1 + self._max_depth)
+        largest = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        self._hidden = torch.zeros(
+            largest, self.hidden_size, dtype=self.dtype, device=self.device
+        )
+
+    def capture(self) -> None:
+        self.augment_graphs.capture_part(self._augment_part_for, "draft's KV")
+        self.growth_graphs.capture_part(
+            partial(self.drafting.part_for, self.model), "growing trees"
+        )
 
     @torch.inference_mode()
     def propose(
@@ -125,7 +178,9 @@ class HeadSpeculator(_WithoutGraphs, DraftModelSpeculator):
         if dummy_run:
             return self._dummy_propose(hidden, input_batch.num_reqs)
         states = self._augment(input_batch, hidden, num_sampled)
-        return self.drafting.draft(self.model, states, input_batch, num_sampled)
+        return self.drafting.draft(
+            self.model, states, input_batch, num_sampled, self.growth_graphs
+        )
 
     def _dummy_propose(self, hidden: torch.Tensor, num_reqs: int) -> torch.Tensor:
         """Profile and warm up: one pass over all rows without KV, one growth."""
@@ -143,31 +198,92 @@ class HeadSpeculator(_WithoutGraphs, DraftModelSpeculator):
         """Write the draft's KV of the step's text, [R, hidden] "g" of its last rows."""
         text = self._text_rows(batch, num_sampled)
         requests, rows = batch.num_reqs, len(text.rows)
+        size = None
+        if (np.diff(text.starts) == 1 + self._max_depth).all():
+            size = self.augment_graphs.size_for(requests)
+        shape = size or BatchExecutionDescriptor(CUDAGraphMode.NONE, rows, requests)
+        buffers = self.input_buffers
         slots = self.block_tables.compute_slot_mappings(
             batch.idx_mapping,
-            self.input_buffers.query_start_loc[: requests + 1],
+            buffers.query_start_loc[: requests + 1],
             text.positions,
-            rows,
+            shape.num_tokens,
         )
         longest = int(batch.seq_lens_cpu_upper_bound[:requests].max())
         self.draft_max_seq_len = min(longest, self.max_model_len)
+        # A graph has its own; what these plan is kept where it reads it.
         metadata = self._build_attn_metadata(
             requests,
-            BatchExecutionDescriptor(CUDAGraphMode.NONE, rows, requests),
+            shape,
             text.starts,
             batch.seq_lens_cpu_upper_bound,
             step=0,
             slot_mappings=slots,
         )
+        if size is None:
+            by_layer = build_slot_mappings_by_layer(slots, self.kv_cache_config)
+            inputs = text.next_tokens, text.positions, hidden[text.rows]
+            return self._run(metadata, by_layer, *inputs)[text.last]
+        buffers.input_ids[:rows] = text.next_tokens
+        self._hidden[:rows] = hidden[text.rows]
+        self._last[:requests] = text.last
+        return self.augment_graphs.replay(size)[:requests]
+
+    def _augment_part_for(
+        self, size: BatchExecutionDescriptor
+    ) -> Callable[[], torch.Tensor]:
+        """What a graph does: the same for whole trees of the text in the buffers."""
+        requests, rows = size.num_reqs or 0, size.num_tokens
+        metadata, by_layer = prepare_inputs_to_capture(
+            requests,
+            rows,
+            self.model_state,
+            self.input_buffers,
+            self.block_tables,
+            self.attn_groups,
+            self.kv_cache_config,
+            full_cudagraph=True,
+            max_query_len=size.uniform_token_count,
+        )
+        buffers, last = self.input_buffers, self._last[:requests]
+        last.zero_()
+
+        def part() -> torch.Tensor:
+            inputs = buffers.input_ids[:rows], buffers.positions[:rows]
+            return self._run(metadata, by_layer, *inputs, self._hidden[:rows])[last]
+
+        return part
+
+    def _run(
+        self,
+        metadata: dict[str, Any] | None,
+        slot_mappings: dict[str, torch.Tensor],
+        next_tokens: torch.Tensor,  # [rows] int32
+        positions: torch.Tensor,  # [rows] int64
+        hidden: torch.Tensor,  # [rows, hidden] of the target
+    ) -> torch.Tensor:  # [rows, hidden] "g"
+        rows = len(hidden)
         with set_forward_context(
             metadata,
             self.vllm_config,
             num_tokens=rows,
             batch_descriptor=BatchDescriptor(num_tokens=rows),
-            slot_mapping=build_slot_mappings_by_layer(slots, self.kv_cache_config),
+            slot_mapping=slot_mappings,
         ):
-            states = self.model(text.next_tokens, text.positions, hidden[text.rows])
-        return states[text.last]
+            states: torch.Tensor = self.model(next_tokens, positions, hidden)
+        return states
+
+    def _attention_can_be_captured(self) -> bool:
+        """Whether whole graphs may hold the draft's attention, which is causal.
+
+        What the backends that know trees say of graphs is said of trees.
+        """
+        if all(
+            understands_trees(g.backend) for groups in self.attn_groups for g in groups
+        ):
+            return True
+        support = self.attn_cg_support.min_cg_support
+        return bool(support.value >= AttentionCGSupport.UNIFORM_BATCH.value)
 
     def _text_rows(self, batch: InputBatch, num_sampled: torch.Tensor) -> _TextRows:
         """Lay the rows out; leaves starts, positions and lengths in the buffers."""
@@ -176,6 +292,9 @@ class HeadSpeculator(_WithoutGraphs, DraftModelSpeculator):
         rows = int(starts_np[-1])
         starts = buffers.query_start_loc[: count + 1]
         async_tensor_h2d(starts_np, out=starts)
+        # Requests that pad the batch have no rows.
+        buffers.query_start_loc[count + 1 :] = rows
+        buffers.seq_lens[count:] = 0
 
         lengths = starts.diff()
         requests = torch.repeat_interleave(lengths, output_size=rows)

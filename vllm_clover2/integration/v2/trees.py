@@ -29,7 +29,8 @@ class DeviceTrees:
     """The trees of all requests, by slot, padded to ``num_nodes``.
 
     Padding hangs below the root and is never accepted. Its rows are computed, and what
-    they leave in the KV cache is overwritten before anybody reads it.
+    they leave in the KV cache is overwritten before anybody reads it. The last row of
+    the tables, slot -1, is that of requests that only pad a batch.
     """
 
     def __init__(
@@ -37,13 +38,13 @@ class DeviceTrees:
     ) -> None:
         self.num_nodes = num_nodes
         self.max_depth = max_depth
-        rows = (num_slots, 1 + num_nodes)
+        rows = (num_slots + 1, 1 + num_nodes)
         self._parents = torch.zeros(rows, dtype=torch.int32, device=device)
         self._parents[:, 0] = -1
         self._depths = torch.zeros(rows, dtype=torch.int32, device=device)
         numbers = torch.arange(rows[1], device=device)
-        self._ancestors = (torch.ones_like(numbers) << numbers).repeat(num_slots, 1)
-        self._sizes = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        self._ancestors = (torch.ones_like(numbers) << numbers).repeat(rows[0], 1)
+        self._sizes = torch.zeros(rows[0], dtype=torch.int32, device=device)
         # Rows that the last verification accepted, -1 padded.
         self.paths = torch.full(
             (num_slots, max_depth), -1, dtype=torch.int32, device=device
