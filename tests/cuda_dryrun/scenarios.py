@@ -24,6 +24,8 @@ GREEDY: dict[str, Any] = {}
 SEEDED = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 3}
 PENALTIES = {"temperature": 0.9, "seed": 5, "repetition_penalty": 1.1, "logprobs": 3}
 BAD_WORDS = {"bad_words": ["a", "th"], "temperature": 0.7, "seed": 1}
+BIAS = {"logit_bias": {5: 4.0, 17: -100.0}, "min_tokens": 5}
+MIN_P = {"min_p": 0.2, "temperature": 1.1, "seed": 2}
 GRAMMAR = {"grammar": "[a-d]{200}"}
 
 
@@ -85,7 +87,7 @@ WITH_GRAPHS = {
     "planted, static": Scenario({"tree": "static"}),
     "planted, chain": Scenario({"tree": "chain"}),
     "planted, all kinds": Scenario(
-        TREES, requests=10, others=(SEEDED, PENALTIES, BAD_WORDS, GRAMMAR)
+        TREES, requests=12, others=(SEEDED, PENALTIES, BAD_WORDS, GRAMMAR, BIAS, MIN_P)
     ),
     "planted, by batch size": Scenario(
         TREES | {"num_speculative_tokens_per_batch_size": [[1, 5, 25], [6, 32, 8]]}
@@ -150,7 +152,7 @@ class Bed:
             asynchronous = {} if v2 else {"async_scheduling": False}
             plain = self._engine(scenario, **asynchronous)
             expected = plain.run(requests)
-        with model_runner(v2 or None):
+        with model_runner(v2):
             return self._beside(scenario, requests, expected)
 
     def _beside(
@@ -232,13 +234,12 @@ def run_aborting(engine: Any, requests: list[Any], aborted: int) -> list[Any]:
 
 
 @contextmanager
-def model_runner(v2: bool | None) -> Iterator[None]:
+def model_runner(v2: bool) -> Iterator[None]:
     """What the user says of Model Runner V2."""
     from vllm import envs
 
     envs.disable_envs_cache()  # or the first engine's environment would stay
-    if v2 is not None:
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(v2))
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(v2))
     try:
         yield
     finally:

@@ -31,6 +31,15 @@ STARTS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "backend without trees": ({"attention_backend": "FLEX_ATTENTION"}, {}, True),
     "head size 32": ({"model": "small"}, {"model": "small-head"}, True),
     "no compiled ops": ({}, {}, True),
+    "chosen, adaptive": ({}, {}, False),
+    "chosen, whole trees": ({}, {"adaptive": False}, False),
+    "chosen, static": ({}, {"tree": "static", "model": "head"}, False),
+    "chosen, prompt embeddings": (
+        {"enable_prompt_embeds": True},
+        {"adaptive": False},
+        False,
+    ),
+    "V1, whole trees": ({}, {"adaptive": False}, False),
     "V2": ({}, {}, False),
     "V2, async": ({"async_scheduling": True}, {}, False),
     "V2, no head": ({}, {"model": "none"}, False),
@@ -73,14 +82,14 @@ def start(
     backend = ops.backend
     if name == "no compiled ops":
         ops.backend = lambda _: "reference"
-    if name.startswith("V2"):
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    if name.startswith("V"):
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(name.startswith("V2")))
     try:
         if load:
             LLM(**arguments)
             return "started"
         config = EngineArgs(**arguments).create_engine_config()
-        if name.startswith("V2"):
+        if name.startswith(("V", "chosen")):
             runner = config.use_v2_model_runner
             return [runner, config.scheduler_config.async_scheduling]
         chosen = config.attention_config.backend

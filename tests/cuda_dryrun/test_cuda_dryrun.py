@@ -173,10 +173,22 @@ def test_refused_at_start(name: str, reason: str, starts: dict[str, Any]) -> Non
     assert reason in starts[name]
 
 
-def test_runner_v2_is_asynchronous(starts: dict[str, Any]) -> None:
-    """Where the user asks for it; other engines of these tests run on V1."""
-    for name in ("V2", "V2, async", "V2, no head"):
-        assert starts[name] == [True, True]
+@pytest.mark.parametrize(
+    ("name", "v2"),
+    [
+        ("chosen, adaptive", False),
+        ("chosen, whole trees", True),
+        ("chosen, static", True),
+        ("chosen, prompt embeddings", False),
+        ("V1, whole trees", False),
+        ("V2", True),
+        ("V2, async", True),
+        ("V2, no head", True),
+    ],
+)
+def test_model_runner(name: str, v2: bool, starts: dict[str, Any]) -> None:
+    """V2 where it has all that is asked for, or the user says so; asynchronous."""
+    assert starts[name] == [v2, v2]
 
 
 def test_output_is_not_quantized_by_attention(starts: dict[str, Any]) -> None:

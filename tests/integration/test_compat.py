@@ -147,12 +147,17 @@ def test_a_worker_of_the_users_own_is_kept(target: Path, head: Path) -> None:
     assert config.parallel_config.worker_cls == "mine.Worker"
 
 
-def test_model_runner_v2_is_not_chosen(target: Path, head: Path) -> None:
-    """It would draft chains with vLLM's own speculator."""
-    speculative = {"method": "clover2", "model": str(head)}
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_what_keeps_vllm_from_model_runner_v2(
+    target: Path, head: Path, adaptive: bool
+) -> None:
+    """It logs these as its own reasons, and takes V1."""
+    speculative = {"method": "clover2", "model": str(head), "adaptive": adaptive}
     config = EngineArgs(
         model=str(target), speculative_config=speculative
     ).create_engine_config()
     assert not config.use_v2_model_runner
+    assert not config.speculative_config.runs_on_v2
     features = config._get_v2_model_runner_unsupported_features()
-    assert "speculative method 'clover2'" in features
+    assert "clover2 without CUDA" in features
+    assert ('adaptive trees of clover2 ("adaptive": true)' in features) == adaptive

@@ -191,3 +191,12 @@ def test_prompt_embeddings_on_model_runner_v2(
     monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
     with pytest.raises(ValueError, match="- prompt embeddings on Model Runner V2"):
         refuse_unsupported(config)
+
+
+def test_another_model_runner_than_was_configured_for(
+    config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features of vLLM's own decide as well."""
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
+    with pytest.raises(ValueError, match="\n- what makes vLLM itself take the other"):
+        refuse_unsupported(config)

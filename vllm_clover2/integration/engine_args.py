@@ -14,7 +14,6 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm_clover2.heads import NO_HEAD, local_folder
 from vllm_clover2.integration.speculative_config import (
     Clover2SpeculativeConfig,
-    asks_for_runner_v2,
     head_for,
 )
 from vllm_clover2.model.head_files import check_head
@@ -22,14 +21,14 @@ from vllm_clover2.model.head_files import check_head
 logger = init_logger(f"vllm.{__name__}")
 
 
-def refuse_async_scheduling(args: Any) -> None:
+def refuse_async_scheduling(args: Any, speculative: Clover2SpeculativeConfig) -> None:
     """Raise if asynchronous scheduling was asked for on Model Runner V1.
 
     Raises:
         ValueError: says why and what to do.
 
     """
-    if args.async_scheduling and not asks_for_runner_v2():
+    if args.async_scheduling and not speculative.runs_on_v2:
         raise ValueError(
             "clover2 does not support asynchronous scheduling on Model Runner V1: the "
             "rows of a step follow from what the step before accepted. Leave "

@@ -23,6 +23,11 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         reasons += _tree_limits(vllm_config)
     if vllm_config.use_v2_model_runner:
         reasons += _runner_v2_limits(vllm_config)
+    if vllm_config.use_v2_model_runner != vllm_config.speculative_config.runs_on_v2:
+        reasons.append(
+            "what makes vLLM itself take the other model runner (its log names it); "
+            "remove it, or set VLLM_USE_V2_MODEL_RUNNER to 1 or 0"
+        )
     refuse(reasons)
 
 

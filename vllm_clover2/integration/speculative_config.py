@@ -13,6 +13,7 @@ from vllm.config import ModelConfig
 from vllm.config.speculative import SpeculativeConfig
 from vllm.config.utils import config
 from vllm.logger import init_logger
+from vllm.triton_utils import HAS_TRITON
 
 from vllm_clover2.heads import NO_HEAD, find_head
 from vllm_clover2.tree.options import TreeOptions
@@ -30,11 +31,6 @@ def head_for(target: ModelConfig) -> str:
     head = str(find_head(target.model, target.hf_config))
     logger.info("clover2: using the draft head %s for %s", head, target.model)
     return head
-
-
-def asks_for_runner_v2() -> bool:
-    """Whether the user set ``VLLM_USE_V2_MODEL_RUNNER=1``; else clover2 runs on V1."""
-    return envs.VLLM_USE_V2_MODEL_RUNNER is True
 
 
 @config
@@ -74,7 +70,7 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
         self._check_there_is_a_source()
         self.num_speculative_tokens = self.tree_options().num_nodes
         # On Model Runner V1 the drafter needs the accepted path on the host.
-        self.disable_padded_drafter_batch = not asks_for_runner_v2()
+        self.disable_padded_drafter_batch = not self.runs_on_v2
         # The stock constructor knows a closed set of methods. "eagle" (rather than
         # "draft_model") keeps it from guessing a method from the directory's name;
         # "ngram" takes the target's config in place of a draft model's.
@@ -115,6 +111,38 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
             raise ValueError(
                 f"speculative_config for clover2 is invalid: {details}"
             ) from error
+
+    @property
+    def runs_on_v2(self) -> bool:
+        """Whether Model Runner V2 serves: as ``VLLM_USE_V2_MODEL_RUNNER`` says, else
+        where vLLM would take it and nothing is asked for that V1 alone has.
+        """
+        wanted = envs.VLLM_USE_V2_MODEL_RUNNER
+        if wanted is not None:
+            return bool(wanted)
+        return HAS_TRITON and not self.missing_on_v2()
+
+    def missing_on_v2(self) -> list[str]:
+        """What this configuration asks for and only our route on V1 has.
+
+        In vLLM's words: "Model Runner V2 does not yet support ...".
+        """
+        from vllm.platforms import current_platform  # known once plugins are loaded
+
+        options = self.tree_options()
+        parts = {
+            'adaptive trees of clover2 ("adaptive": true)': (
+                options.adaptive and not options.has_fixed_shape
+            ),
+            "clover2 without CUDA": not current_platform.is_cuda(),
+            "data parallelism with clover2": (
+                self.target_parallel_config.data_parallel_size > 1
+            ),
+            "prompt embeddings with clover2": (
+                self.target_model_config.enable_prompt_embeds
+            ),
+        }
+        return [part for part, wanted in parts.items() if wanted]
 
     @property
     def has_head(self) -> bool:

@@ -25,7 +25,7 @@ def install() -> None:
     _accept_method_in_engine_args()
     _refuse_unsupported_engine_configs()
     _extend_command_line()
-    _choose_model_runner_v1()
+    _keep_to_model_runner_v1()
     _export_metrics()
     _accept_sampling_parameters()
 
@@ -71,16 +71,15 @@ def _accept_method_in_engine_args() -> None:
         from vllm_clover2.integration.compat import surface
         from vllm_clover2.integration.speculative_config import (
             Clover2SpeculativeConfig,
-            asks_for_runner_v2,
         )
 
         surface.check_signatures(surface.EXPECTED_CONFIG)
         stock_config = arg_utils.SpeculativeConfig
         arg_utils.SpeculativeConfig = Clover2SpeculativeConfig
         try:
-            engine_args.refuse_async_scheduling(self)
             engine_args.choose_head(self, target_model_config)
             config = stock(self, target_model_config, target_parallel_config)
+            engine_args.refuse_async_scheduling(self, config)
         except ValueError as error:
             error.add_note(DOCTOR_HINT)
             raise
@@ -92,7 +91,7 @@ def _accept_method_in_engine_args() -> None:
 
             is_cpu = current_platform.is_cpu()
             target_parallel_config.worker_cls = CPU_WORKER if is_cpu else GPU_WORKER
-        if asks_for_runner_v2():
+        if config.runs_on_v2:
             # Until the whole configuration is made, see `named_for_async`.
             config.method = _name_for_async(config)
         return config
@@ -177,12 +176,11 @@ def _extend_command_line() -> None:
     EngineArgs.add_cli_args = staticmethod(add_cli_args)
 
 
-def _choose_model_runner_v1() -> None:
+def _keep_to_model_runner_v1() -> None:
     """Patch ``VllmConfig._get_v2_model_runner_unsupported_features``.
 
-    Where there is Triton vLLM prefers Model Runner V2 unless a feature is on this list;
-    ours is chosen by ``VLLM_USE_V2_MODEL_RUNNER=1``. Goes away when it does all that
-    the route on V1 does.
+    Where there is Triton vLLM takes Model Runner V2 unless a feature is on this list,
+    which it logs. Goes away when our route on V2 does all that the one on V1 does.
     """
     from vllm.config.vllm import VllmConfig
 
@@ -190,11 +188,9 @@ def _choose_model_runner_v1() -> None:
 
     @functools.wraps(stock)
     def unsupported_features(self: Any) -> list[str]:
-        from vllm_clover2.integration.speculative_config import asks_for_runner_v2
-
         features = stock(self)
-        if _uses_clover2(self) and not asks_for_runner_v2():
-            features.append(f"speculative method '{METHOD}'")
+        if _uses_clover2(self):
+            features += self.speculative_config.missing_on_v2()
         return features
 
     VllmConfig._get_v2_model_runner_unsupported_features = unsupported_features
@@ -237,8 +233,7 @@ def _accept_sampling_parameters() -> None:
     """Patch ``SamplingParams._validate_spec_decode``.
 
     It refuses ``min_p`` and ``logit_bias`` with any speculation, because vLLM's
-    rejection sampler does not know them. Ours on Model Runner V1 calls the stock
-    sampler for every token.
+    rejection sampler does not know them. Ours take what the stock sampler picks.
     """
     from vllm.sampling_params import SamplingParams
 
@@ -246,10 +241,7 @@ def _accept_sampling_parameters() -> None:
 
     @functools.wraps(stock)
     def validate_spec_decode(self: Any, speculative_config: Any) -> None:
-        from vllm_clover2.integration.speculative_config import asks_for_runner_v2
-
-        method = getattr(speculative_config, "method", None)
-        if method != METHOD or asks_for_runner_v2():
+        if getattr(speculative_config, "method", None) != METHOD:
             stock(self, speculative_config)
 
     SamplingParams._validate_spec_decode = validate_spec_decode

@@ -159,6 +159,6 @@ def _refuse_own_states(vllm_config: VllmConfig, model: torch.nn.Module) -> None:
     state = resolve_model_state_cls(vllm_config, model)
     reason = (
         f"targets with a state of their own ({state.__name__}) on Model Runner V2; "
-        f"unset VLLM_USE_V2_MODEL_RUNNER"
+        f"set VLLM_USE_V2_MODEL_RUNNER=0"
     )
     refuse([] if state is DefaultModelState else [reason])

@@ -65,8 +65,8 @@ class Clover2ModelRunner(model_runner.GPUModelRunner):
 
         """
         raise NotImplementedError(
-            "clover2 measures the parts of a step on Model Runner V1 only; unset "
-            "VLLM_USE_V2_MODEL_RUNNER."
+            "clover2 measures the parts of a step on Model Runner V1 only; set "
+            "VLLM_USE_V2_MODEL_RUNNER=0."
         )
 
     def counts(self) -> dict[str, int]:
