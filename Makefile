@@ -17,7 +17,7 @@ SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 KERNELS := $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name '*.hpp' \
                    -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test quick fix wheel pins clean
+.PHONY: help demo test quick soak fix wheel pins clean
 .DELETE_ON_ERROR:
 
 help:
@@ -34,6 +34,9 @@ test: $(TARGET)/config.json .venv/package.done ## linters and all CPU tests
 
 quick: .venv/package.done ## tests that start no engine, in under a minute
 	$(VENV_PYTHON) -m pytest -m "not slow" tests/unit tests/ops tests/model $(ARGS)
+
+soak: .venv/package.done ## thousands of random requests, for half an hour
+	$(VENV_PYTHON) -m pytest -s --timeout 0 --requests 5000 tests/lossless/test_soak.py $(ARGS)
 
 fix: .venv/package.done ## format, and correct what ruff can
 	.venv/bin/ruff check --fix .

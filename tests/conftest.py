@@ -19,6 +19,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of the soak, see ``make soak``."""
+    parser.addoption("--requests", type=int, default=200)
+    parser.addoption("--seed", type=int, default=1)
+    parser.addoption("--first-round", type=int, default=0)
+
+
 def existing(path: Path, what: str, variable: str) -> Path:
     """`path`, or a skip that says what is missing and how to supply it."""
     if not path.exists():

@@ -2,10 +2,15 @@
 """``vllm serve`` with clover2, asked by an unmodified ``openai`` client."""
 
 import asyncio
+import http.client
 import json
+import random
 import re
+import socket
+import struct
 import subprocess
 import sys
+import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
@@ -189,6 +194,113 @@ def test_a_client_that_hangs_up(client: openai.OpenAI, plain: Engine) -> None:
     stream.close()
     answer = chat(client, QUESTIONS[2])
     assert answer.choices[0].message.content == offline(plain, QUESTIONS[2])
+
+
+def chat_body(**params: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": QUESTIONS[2]}]
+    return {"model": "tiny", "messages": messages, "temperature": 0.0} | params
+
+
+MALFORMED = [
+    b"",
+    b"{",
+    b"null",
+    b"[]",
+    b'"Hi"',
+    b"\xff\xfe{}",
+    b"[" * 5000,
+    *(
+        json.dumps(chat_body(**wrong)).encode()
+        for wrong in (
+            {"messages": "Hi"},
+            {"messages": [{"role": 3}]},
+            {"temperature": "hot"},
+            {"temperature": float("nan")},
+            {"max_tokens": "many"},
+            {"max_tokens": -1},
+            {"n": 0},
+            {"n": 10**9},
+            {"seed": 2**70},
+            {"seed": 0.5},
+            {"min_p": "little"},
+            {"min_p": float("nan")},
+            {"logit_bias": {"x": 1.0}},
+            {"logit_bias": {"99999": 1.0}},
+            {"logit_bias": [1]},
+            {"stop": 5},
+            {"stop_token_ids": ["x"]},
+            {"logprobs": True, "top_logprobs": -5},
+            {"response_format": {"type": "nonsense"}},
+            {"structured_outputs": {"regex": "("}},
+            {"structured_outputs": {"json": "{"}},
+            {"stream_options": "all"},
+        )
+    ),
+]
+
+
+def test_malformed_requests(url: str, client: openai.OpenAI, plain: Engine) -> None:
+    statuses = {}
+    for body in MALFORMED:
+        connection = http.client.HTTPConnection(*address_of(url), timeout=60)
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/chat/completions", body, headers)
+        statuses[body] = connection.getresponse().status
+        connection.close()
+    not_refused = {b: status for b, status in statuses.items() if status // 100 != 4}
+    assert not not_refused
+    assert chat(client, QUESTIONS[3]).choices[0].message.content == offline(
+        plain, QUESTIONS[3]
+    )
+
+
+def address_of(url: str) -> tuple[str, int]:
+    host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
+    return host, int(port)
+
+
+def test_hundreds_of_clients_that_hang_up(
+    url: str, client: openai.OpenAI, plain: Engine
+) -> None:
+    """Before they have asked, with half a question, and in the middle of the answer."""
+    rng = random.Random(7)
+    body = json.dumps(chat_body(stream=True, max_tokens=300)).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: tiny\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    question = head.encode() + body
+    open_ones: list[socket.socket] = []
+    for _ in range(400):
+        connection = socket.create_connection(address_of(url), timeout=60)
+        open_ones.append(connection)
+        share = rng.choice((0.0, rng.random(), 1.0, 1.0))
+        connection.sendall(question[: int(share * len(question))])
+        if share == 1.0 and rng.random() < 0.4:
+            while b"data: " not in (received := connection.recv(4096)):
+                assert received, "the server has hung up"
+        if rng.random() < 0.3:
+            connection.shutdown(socket.SHUT_WR)
+        if len(open_ones) > 20:
+            hang_up(open_ones.pop(rng.randrange(20)), abruptly=rng.random() < 0.5)
+    for connection in open_ones:
+        hang_up(connection, abruptly=False)
+
+    deadline = time.monotonic() + 60
+    counters: Counter[str] = Counter({"vllm:num_requests_running": 1})
+    # Gauges are those of the last step, so there has to be one.
+    while counters["vllm:num_requests_running"] and time.monotonic() < deadline:
+        answer = chat(client, QUESTIONS[2])
+        assert answer.choices[0].message.content == offline(plain, QUESTIONS[2])
+        counters = exported(url)
+    assert counters["vllm:num_requests_running"] == 0
+    assert counters["vllm:num_requests_waiting"] == 0
+    assert counters["vllm:kv_cache_usage_perc"] == 0.0
+
+
+def hang_up(connection: socket.socket, abruptly: bool) -> None:
+    if abruptly:  # a reset instead of an orderly end
+        at_once = struct.pack("ii", 1, 0)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+    connection.close()
 
 
 def exported(url: str) -> Counter[str]:

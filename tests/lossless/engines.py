@@ -41,6 +41,7 @@ class Output:
     """What a client sees of a finished request."""
 
     tokens: list[int]
+    answers: list[list[int]]  # tokens of all ``n``; what follows is of the first
     text: str
     finish_reason: str | None
     stop_reason: int | str | None
@@ -76,13 +77,16 @@ class Engine:
         core = self.llm.llm_engine.engine_core.engine_core
         return core.model_executor.driver_worker.worker.model_runner
 
-    def add(self, request: Request, request_id: str | None = None) -> str:
+    def add(
+        self, request: Request, request_id: str | None = None, priority: int = 0
+    ) -> str:
         request_id = request_id or f"request-{next(_request_numbers)}"
         self.llm.llm_engine.add_request(
             request_id,
             {"prompt_token_ids": list(request.prompt)},
             request.sampling_params(),
             lora_request=request.lora,
+            priority=priority,
         )
         return request_id
 
@@ -181,6 +185,7 @@ def _output(output: Any) -> Output:
     completion = output.outputs[0]
     return Output(
         tokens=list(completion.token_ids),
+        answers=[list(each.token_ids) for each in output.outputs],
         text=completion.text,
         finish_reason=completion.finish_reason,
         stop_reason=completion.stop_reason,

@@ -112,6 +112,7 @@ class Drafting:
         """The request is gone."""
         self.backlog.drop(request)
         self._expected.pop(request, None)
+        self._walk_rows.pop(request, None)
         if self.chooser is not None:
             self.chooser.forget(request)
 
