@@ -161,13 +161,30 @@ def test_every_skip_is_listed() -> None:
     assert not [reason for reason in reasons if reason not in listed]
 
 
-def test_figures_are_those_of_the_result_files() -> None:
+def tables(folder: str) -> list[str]:
+    """Lines of the tables that a folder of figures has, and ought to have."""
     from vllm_clover2.bench import report
 
-    folder = REPO / "docs/benchmark"
-    results = json.loads((folder / "results.json").read_text())["results"]
+    path = REPO / "docs" / folder
+    results = json.loads((path / "results.json").read_text())["results"]
     table = report.markdown(results)
-    assert (folder / "table.md").read_text() == table
+    assert (path / "table.md").read_text() == table
+    return table.splitlines()
+
+
+def test_figures_are_those_of_the_result_files() -> None:
     rows = re.findall(r"^\| .*x \|.*$", (REPO / "README.md").read_text(), re.MULTILINE)
     assert len(rows) == 5
-    assert set(rows) <= set(table.splitlines())
+    assert set(rows) <= set(tables("benchmark"))
+
+
+def test_speed_under_load_is_that_of_the_result_file() -> None:
+    measured: dict[str, list[str]] = {"`ngram`": [], "clover2": []}
+    for line in tables("load"):
+        cells = [cell.strip() for cell in line.split("|")]
+        for name, speedups in measured.items():
+            if len(cells) == 10 and cells[1] == name.strip("`"):
+                speedups.append(cells[3].split()[0])
+    text = (REPO / "docs/results.md").read_text()
+    for name, speedups in measured.items():
+        assert f"| {name} | {' | '.join(speedups)} |" in text
