@@ -173,7 +173,8 @@ def tables(folder: str) -> list[str]:
 
 
 def test_figures_are_those_of_the_result_files() -> None:
-    rows = re.findall(r"^\| .* of \d+ \|$", (REPO / "README.md").read_text(), re.MULTILINE)
+    text = (REPO / "README.md").read_text()
+    rows = re.findall(r"^\| .* of \d+ \|$", text, re.MULTILINE)
     assert len(rows) == 5
     assert set(rows) <= set(tables("benchmark"))
 
