@@ -57,7 +57,8 @@ def test_text_is_that_of_plain_vllm(name: str, results: dict[str, Any]) -> None:
     answered = scenario.requests - scenario.aborted
     assert result["tokens"] == answered * scenario.tokens
     limited = {"max_num_batched_tokens", "max_num_seqs"} & scenario.options.keys()
-    if scenario.planted and not limited:  # all requests run at the same time
+    # All requests run at the same time, unless one waits for its grammar.
+    if scenario.planted and not limited and "all kinds" not in name:
         assert result["steps"] < scenario.tokens
     if scenario.planted and "chain" not in name:
         assert result["accepted"] > scenario.requests

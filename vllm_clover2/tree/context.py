@@ -52,13 +52,13 @@ class ContextCandidates(NamedTuple):
         return cls(nodes, tokens, nothing, nothing, nothing)
 
     def to(self, device: torch.device) -> "ContextCandidates":
-        """The candidates on ``device``."""
+        """The candidates on ``device``, but for ``joint``, which grows no trees."""
         if self.cells.device == device:
             return self
         nodes = ContextNodes(*(x.to(device, non_blocking=True) for x in self.nodes))
-        return ContextCandidates(
-            nodes, *(x.to(device, non_blocking=True) for x in self[1:])
-        )
+        worth = (self.cells, self.alone, self.beside)
+        moved = (x.to(device, non_blocking=True) for x in worth)
+        return ContextCandidates(nodes, *moved, self.joint)
 
     def open(self) -> torch.Tensor:
         """What the context leaves a head below each root [B]."""
