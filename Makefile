@@ -35,7 +35,7 @@ test: $(TARGET)/config.json .venv/package.done ## linters and all CPU tests
 quick: .venv/package.done ## tests that start no engine, in under a minute
 	$(VENV_PYTHON) -m pytest -m "not slow" tests/unit tests/ops tests/model $(ARGS)
 
-soak: .venv/package.done ## thousands of random requests, for half an hour
+soak: .venv/package.done ## 5000 random requests against plain vLLM, a quarter of an hour
 	$(VENV_PYTHON) -m pytest -s --timeout 0 --requests 5000 tests/lossless/test_soak.py $(ARGS)
 
 fix: .venv/package.done ## format, and correct what ruff can

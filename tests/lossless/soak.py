@@ -8,8 +8,9 @@ cost of steps chooses, or planted ones, for those that coins choose. Text must b
 of plain vLLM, and after each round nothing may be left of it: no KV block, no request
 in any of our structures.
 
-A round follows from the seed and its number; a failure tells both. What earlier rounds
-leave (block numbers, calibration) matters rarely; a run from the first round has it.
+A round follows from the seed and its number, but for the step in which a grammar is
+ready; a failure tells both. What earlier rounds leave (block numbers, calibration)
+matters rarely; a run from the first round has it.
 """
 
 import ctypes
