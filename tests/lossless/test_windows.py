@@ -216,8 +216,7 @@ def test_head_that_vllm_scatters(
 def test_head_whose_blocks_do_not_fit(
     engines: EnginePool,
     mistral: Path,
-    plant: Callable[..., Planter],
-    commits: CommitSpy,
+    assert_exact: Callable[..., None],
     tmp_path: Path,
 ) -> None:
     """vLLM would pad the target's; in one group blocks may differ in size."""
@@ -228,4 +227,4 @@ def test_head_whose_blocks_do_not_fit(
     requests = long_requests(4, seed=155)
     expected = engines.get(mistral, **OPTIONS).run(requests)
     engine = engines.get(mistral, head, **OPTIONS, **ONE_GROUP)
-    assert_exact(expected, engine, requests, lambda: plant(seed=155), commits)
+    assert_exact(engine, requests, expected, seed=155)

@@ -100,6 +100,11 @@ def _runner_v2_limits(vllm_config: VllmConfig) -> list[str]:
     limits = {
         f"Model Runner V2 without CUDA; {v1}": not current_platform.is_cuda(),
         f"data parallelism on Model Runner V2; {v1}": parallel.data_parallel_size > 1,
+        f"a target with a sliding window on Model Runner V2: its head has none, and KV "
+        f"in a group of its own, which has not been tried there; {v1}": (
+            speculative.has_head
+            and vllm_config.model_config.get_sliding_window() is not None
+        ),
         f"prompt embeddings on Model Runner V2: there a request's text is token ids; "
         f"{v1}": vllm_config.model_config.enable_prompt_embeds,
         "batch-sharded sampling: each rank would know the accepted rows of its own "

@@ -139,6 +139,10 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
             "data parallelism with clover2": (
                 self.target_parallel_config.data_parallel_size > 1
             ),
+            "a head of clover2 beside sliding windows": (
+                self.has_head
+                and self.target_model_config.get_sliding_window() is not None
+            ),
             "prompt embeddings with clover2": (
                 self.target_model_config.enable_prompt_embeds
             ),

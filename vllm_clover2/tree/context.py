@@ -56,9 +56,8 @@ class ContextCandidates(NamedTuple):
         if self.cells.device == device:
             return self
         nodes = ContextNodes(*(x.to(device, non_blocking=True) for x in self.nodes))
-        worth = (self.cells, self.alone, self.beside)
-        moved = (x.to(device, non_blocking=True) for x in worth)
-        return ContextCandidates(nodes, *moved, self.joint)
+        cells, alone, beside = (x.to(device, non_blocking=True) for x in self[1:4])
+        return ContextCandidates(nodes, cells, alone, beside, self.joint)
 
     def open(self) -> torch.Tensor:
         """What the context leaves a head below each root [B]."""
