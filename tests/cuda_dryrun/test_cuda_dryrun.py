@@ -18,6 +18,8 @@ from stock_vllm import RELEASES, unpacked
 HERE = Path(__file__).parent
 REPO = HERE.parents[1]
 PATHS = (REPO, HERE, REPO / "tests/ops/emulated_cuda", REPO / "tests/lossless")
+# The first test of a release runs all its scenarios.
+pytestmark = pytest.mark.timeout(1800)
 
 
 def run(program: str, release: str, work: Path) -> dict[str, Any]:
