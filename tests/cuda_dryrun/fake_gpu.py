@@ -20,6 +20,7 @@ from typing import Any
 
 import fake_graphs
 import torch
+from fake_graphs import tensors_in
 from fake_transfers import caller, transfers
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -64,14 +65,6 @@ def _is_pinned(tensor: torch.Tensor) -> bool:
     return getattr(_storage(tensor), "pinned", False)
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-
-
 def _device_type(device: Any) -> str:
     """Of a device, its name or its number."""
     return "cuda" if isinstance(device, int) else torch.device(device).type
@@ -95,7 +88,7 @@ class _FakeGpu(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        inputs = [*_tensors(args), *_tensors(list(kwargs.values()))]
+        inputs = [*tensors_in(args), *tensors_in(list(kwargs.values()))]
         wanted = None
         if kwargs.get("device") is not None:
             wanted = _device_type(kwargs["device"])
@@ -121,7 +114,7 @@ class _FakeGpu(TorchDispatchMode):
             # What vLLM writes in Python was looked into.
             if func.namespace != "vllm" and (any(marked) or wanted == "cuda"):
                 fake_graphs.written_down(func, args, kwargs, result)
-        for tensor in _tensors(result):
+        for tensor in tensors_in(result):
             if tensor.untyped_storage()._cdata not in known:
                 if wanted == "cuda" if wanted else any(marked):
                     _mark(tensor)
@@ -195,7 +188,7 @@ class _FakeGpu(TorchDispatchMode):
         ):
             raise RuntimeError(
                 f"Expected all tensors to be on the same device, but {name} got "
-                f"{[str(t.device) for t in _tensors(args)]} at {caller()}"
+                f"{[str(t.device) for t in tensors_in(args)]} at {caller()}"
             )
 
 

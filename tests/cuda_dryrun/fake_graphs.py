@@ -97,7 +97,7 @@ class CUDAGraph:
         self, function: Callable[..., Any], args: tuple, kwargs: dict, result: Any
     ) -> None:
         arguments = self._written((args, kwargs))
-        made = [self._new(tensor) for tensor in _tensors(result)]
+        made = [self._new(tensor) for tensor in tensors_in(result)]
         self._calls.append(_Call(function, *arguments, made))
 
     def replay(self) -> None:
@@ -106,7 +106,7 @@ class CUDAGraph:
         for call in self._calls:
             args, kwargs = self._read((call.args, call.kwargs), new)
             result = call.function(*args, **kwargs)
-            for memory, tensor in zip(call.made, _tensors(result), strict=True):
+            for memory, tensor in zip(call.made, tensors_in(result), strict=True):
                 if memory is None:
                     continue
                 storage = tensor.untyped_storage()
@@ -172,9 +172,10 @@ def graph(captured: CUDAGraph, *_: Any, **__: Any) -> Iterator[None]:
         captured.capture_end()
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Of an operator's arguments or result."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)

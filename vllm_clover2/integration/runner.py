@@ -97,6 +97,18 @@ class Clover2RunnerMixin:
             layer_limits.refuse_kv_with_gaps(
                 self._target_layers.values(), self.device.type
             )
+        # The target's layers by KV group: each group has its own blocks.
+        self._layers_by_group = {
+            gid: layers
+            for gid, group in enumerate(self.kv_cache_config.kv_cache_groups)
+            if (
+                layers := [
+                    self._target_layers[name]
+                    for name in group.layer_names
+                    if name in self._target_layers
+                ]
+            )
+        }
         block_size = self._draft_blocks.block_size
         self.drafting = Drafting(self.drafter, block_size, self.stats)
         # The same for all steps: it follows from the classes that were loaded.
@@ -242,25 +254,19 @@ class Clover2RunnerMixin:
         return self._accepted.output
 
     def _commit(self, batch: VerifyBatch, accepted: AcceptedPaths) -> None:
-        """Move the accepted rows' KV, group by group: each has its own blocks."""
+        """Move the accepted rows' KV, group by group."""
         roots = torch.from_numpy(batch.root_positions).to(
             self.device, non_blocking=True
         )
-        for gid, group in enumerate(self.kv_cache_config.kv_cache_groups):
-            layers = [
-                self._target_layers[name]
-                for name in group.layer_names
-                if name in self._target_layers
-            ]
-            if layers:
-                blocks = self.input_batch.block_table[gid]
-                step.commit(
-                    layers,
-                    blocks.get_device_tensor(batch.num_requests),
-                    roots,
-                    accepted.paths,
-                    accepted.lengths,
-                )
+        for gid, layers in self._layers_by_group.items():
+            blocks = self.input_batch.block_table[gid]
+            step.commit(
+                layers,
+                blocks.get_device_tensor(batch.num_requests),
+                roots,
+                accepted.paths,
+                accepted.lengths,
+            )
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
         # For a request in the middle of its prompt the stock method rewinds the
