@@ -6,7 +6,12 @@ from typing import Any, Protocol
 
 from vllm_clover2.bench.config import BenchmarkConfig, speculative_config
 from vllm_clover2.bench.engine import Answer, Engine
-from vllm_clover2.bench.figures import MeasuredRequest, Steps, accepted_by_step
+from vllm_clover2.bench.figures import (
+    Measured,
+    MeasuredRequest,
+    Steps,
+    accepted_by_step,
+)
 from vllm_clover2.bench.prompts import Prompt
 
 __all__ = ["WARM_UP_TOKENS", "Backend", "EngineBackend", "engine_arguments"]
@@ -25,8 +30,8 @@ class Backend(Protocol):
         prompts: Sequence[Prompt],
         concurrency: int,
         report: Callable[[int], None],  # told how many are done
-    ) -> tuple[float, list[MeasuredRequest], Steps]:
-        """Answer all prompts; seconds, one result each, steps of all."""
+    ) -> Measured:
+        """Answer all prompts."""
 
     def close(self) -> None:
         """Free all that it has."""
@@ -38,7 +43,7 @@ class EngineBackend:
     def __init__(
         self, config: BenchmarkConfig, method: str, max_model_len: int
     ) -> None:
-        self._max_tokens = config.max_tokens
+        self._max_tokens, self._swing = config.max_tokens, config.swing
         llm = engine_arguments(config, method, max_model_len)
         if "speculative_config" in llm:
             llm["per_request_spec_decode_metrics"] = "detailed"
@@ -54,14 +59,16 @@ class EngineBackend:
         prompts: Sequence[Prompt],
         concurrency: int,
         report: Callable[[int], None],
-    ) -> tuple[float, list[MeasuredRequest], Steps]:
+    ) -> Measured:
         tokens = [prompt.token_ids for prompt in prompts]
-        for done in self._engine.answer(tokens, self._max_tokens, concurrency):
+        for done in self._engine.answer(
+            tokens, self._max_tokens, concurrency, self._swing
+        ):
             report(done)
         one = self._engine.last_round
         requests = [_measured(answer) for answer in one.answers]
         steps = Steps.total([r.steps for r in requests if r.steps is not None])
-        return one.seconds, requests, steps
+        return Measured(one.seconds, requests, steps, one.longest_step_seconds)
 
     def close(self) -> None:
         self._engine.close()

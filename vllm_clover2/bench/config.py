@@ -28,6 +28,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "clover2-no-context": {"method": "clover2", "context": False},
     "clover2-context": {"method": "clover2", "model": NO_HEAD},
     "clover2-chain": {"method": "clover2", "tree": "chain"},
+    "clover2-always": {"method": "clover2", "adaptive": False},
     "ngram": {
         "method": "ngram",
         "num_speculative_tokens": 5,
@@ -94,6 +95,11 @@ class BenchmarkConfig(EngineSettings):
     eagle_head: Path | None = Field(
         None, description="folder of the EAGLE head that method eagle drafts with"
     )
+    swing: bool = Field(
+        False,
+        description="let the load go up and down: two answers one at a time, then "
+        "twice as many as may be in flight, and again",
+    )
     served: bool = Field(
         False, description="measure `vllm serve` with `vllm bench serve` instead"
     )
@@ -124,6 +130,10 @@ class BenchmarkConfig(EngineSettings):
             raise ValueError(
                 "method eagle needs an EAGLE head for the target; give its folder as "
                 "--eagle-head, or leave eagle out"
+            )
+        if self.swing and self.served:
+            raise ValueError(
+                "`vllm bench serve` keeps one load; leave out --served or --swing"
             )
         return self
 

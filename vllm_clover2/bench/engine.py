@@ -7,6 +7,7 @@ that of vLLM, goes to a log.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -15,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -46,6 +46,7 @@ class Round:
 
     seconds: float
     answers: list[Answer]
+    longest_step_seconds: float  # of the engine, whatever it did in it
 
     @property
     def tokens_per_second(self) -> float:
@@ -90,6 +91,7 @@ class Engine:
         prompts: list[list[int]],  # token ids
         max_tokens: int,
         in_flight: int | None = None,  # unfinished requests at a time; None: all
+        swing: bool = False,  # between one and `in_flight`
         sampling: list[dict[str, Any]] | None = None,  # each prompt's own parameters
     ) -> Iterator[int]:
         """Answer all `prompts`, yielding how many are done.
@@ -101,6 +103,7 @@ class Engine:
             "prompts": prompts,
             "max_tokens": max_tokens,
             "in_flight": in_flight or len(prompts),
+            "swing": swing,
             "sampling": sampling or [{}] * len(prompts),
         }
         assert self.process.stdin is not None
@@ -110,7 +113,9 @@ class Engine:
         while "done" in (message := self._receive()):
             yield message["done"]
         answers = [Answer(**answer) for answer in message["answers"]]
-        self.last_round = Round(message["seconds"], answers)
+        self.last_round = Round(
+            message["seconds"], answers, message["longest_step_seconds"]
+        )
 
     def close(self) -> None:
         """Stop the engine and all its processes."""
@@ -160,10 +165,14 @@ def _answer(
     prompts: list[list[int]],
     max_tokens: int,
     in_flight: int,
+    swing: bool,
     sampling: list[dict[str, Any]],
     report: Callable[[int], None],
 ) -> Round:
-    """Answer all prompts, a sliding window of `in_flight` of them at a time."""
+    """Answer all prompts, a sliding window of `in_flight` of them at a time.
+
+    Where the load swings: two of them one by one, then twice `in_flight`, and again.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -178,21 +187,31 @@ def _answer(
         for own in sampling
     ]
     engine = llm.llm_engine
-    waiting = iter(enumerate(prompts))
     answers: dict[int, Answer] = {}
-    sent = 0
-    start = time.perf_counter()
-    while len(answers) < len(prompts):
-        for number, prompt in islice(waiting, in_flight - (sent - len(answers))):
-            engine.add_request(
-                str(number), {"prompt_token_ids": prompt}, params[number]
-            )
-            sent += 1
-        for output in engine.step():
-            answers[int(output.request_id)] = _as_answer(output)
-            report(len(answers))
-    seconds = time.perf_counter() - start
-    return Round(seconds, [answers[number] for number in range(len(prompts))])
+    sent, longest = 0, 0.0
+    start = now = time.perf_counter()
+    for load, end in _loads(len(prompts), in_flight, swing):
+        while len(answers) < end:
+            while sent < min(end, len(answers) + load):
+                prompt = {"prompt_token_ids": prompts[sent]}
+                engine.add_request(str(sent), prompt, params[sent])
+                sent += 1
+            for output in engine.step():
+                answers[int(output.request_id)] = _as_answer(output)
+                report(len(answers))
+            before, now = now, time.perf_counter()
+            longest = max(longest, now - before)
+    in_order = [answers[number] for number in range(len(prompts))]
+    return Round(now - start, in_order, longest)
+
+
+def _loads(num_prompts: int, in_flight: int, swing: bool) -> Iterator[tuple[int, int]]:
+    """Requests in flight at a time, and the number of prompts answered when it ends."""
+    loads, end = itertools.cycle([1, in_flight] if swing else [num_prompts]), 0
+    while end < num_prompts:
+        load = next(loads)
+        end = min(end + 2 * load, num_prompts)
+        yield min(load, in_flight), end
 
 
 def _as_answer(

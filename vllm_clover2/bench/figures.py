@@ -87,6 +87,15 @@ class MeasuredRequest:
     steps: Steps | None  # None: only known for the round
 
 
+class Measured(NamedTuple):
+    """All prompts, answered once."""
+
+    seconds: float
+    requests: list[MeasuredRequest]  # in the order of the prompts
+    steps: Steps  # of all requests
+    longest_step_seconds: float | None = None  # None: only an engine knows
+
+
 @dataclass(frozen=True)
 class MeasuredRound:
     """All prompts, answered once by one method with so many requests in flight."""
@@ -97,6 +106,7 @@ class MeasuredRound:
     seconds: float
     requests: list[MeasuredRequest]  # in the order of the prompts
     steps: Steps  # of all requests
+    longest_step_seconds: float | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -152,6 +162,7 @@ def _part(
 def summarise(
     tasks: Sequence[str],  # of the prompts
     rounds: Sequence[MeasuredRound],
+    swing: bool = False,  # loads went from one to what is called the concurrency
 ) -> list[dict[str, Any]]:
     """Figures by concurrency, method and task; "none" is what the others go by.
 
@@ -169,7 +180,8 @@ def summarise(
         methods = {
             name: _method(answered, own, plain) for name, own in by_method.items()
         }
-        result.append({"concurrency": concurrency, "methods": methods})
+        load = {"concurrency": concurrency, "swing": swing}
+        result.append(load | {"methods": methods})
     return result
 
 
@@ -182,10 +194,12 @@ def _method(
         for task in dict.fromkeys(tasks)
     }
     speeds = [one.tokens_per_second for one in own]
+    longest = [step for one in own if (step := one.longest_step_seconds) is not None]
     return {
         "tokens_per_second": statistics.median(speeds),
         "tokens_per_second_by_round": speeds,
         "speedup": _ratios(speeds, [one.tokens_per_second for one in plain]),
+        "longest_step_seconds": statistics.median(longest) if longest else None,
         "requests_in_flight": statistics.mean(one.requests_in_flight for one in own),
         **_figures(everything, own, plain),
         "mean_over_tasks": {

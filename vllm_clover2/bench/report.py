@@ -42,7 +42,7 @@ def show(console: Console, results: list[dict[str, Any]]) -> None:
         for row in _rows(result):
             table.add_row(*(cell.replace(" (", "\n").rstrip(")") for cell in row))
         console.print(table)
-        for line in _acceptance(result):
+        for line in _notes(result):
             console.print(line)
 
 
@@ -57,8 +57,8 @@ def markdown(results: list[dict[str, Any]]) -> str:
             f"| --- |{' ---: |' * (len(_HEADINGS) - 1)}",
             *(f"| {' | '.join(row)} |" for row in _rows(result)),
         ]
-        if acceptance := _acceptance(result):
-            lines += ["", *(f"- {line}" for line in acceptance)]
+        if notes := _notes(result):
+            lines += ["", *(f"- {line}" for line in notes)]
         lines += ["", *_task_table(result)]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"
@@ -85,6 +85,8 @@ def _task_table(result: dict[str, Any]) -> list[str]:
 
 def _title(result: dict[str, Any]) -> str:
     number = result["concurrency"]
+    if result["swing"]:
+        return f"1 to {number} requests in flight, up and down"
     return "One request at a time" if number == 1 else f"{number} requests in flight"
 
 
@@ -117,13 +119,21 @@ def _ratio(ratio: dict[str, float] | None) -> str:
     return text if spread[0] == spread[1] else f"{text} ({'-'.join(spread)})"
 
 
-def _acceptance(result: dict[str, Any]) -> list[str]:
-    return [
+def _notes(result: dict[str, Any]) -> list[str]:
+    methods = result["methods"].items()
+    notes = [
         f"{name}: steps that accepted 1, 2, ... drafted tokens or more: "
         + " ".join(f"{share:.0%}" for share in figures["acceptance_by_depth"])
-        for name, figures in result["methods"].items()
+        for name, figures in methods
         if figures["acceptance_by_depth"]
     ]
+    if result["swing"]:  # a change of load might be a stall
+        longest = [
+            f"{name} {figures['longest_step_seconds']:.2f} s"
+            for name, figures in methods
+        ]
+        notes.append(f"longest step, prompts among its rows: {', '.join(longest)}")
+    return notes
 
 
 def plot_load(results: list[dict[str, Any]], path: Path) -> None:

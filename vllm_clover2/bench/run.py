@@ -127,7 +127,7 @@ def benchmark(config: BenchmarkConfig) -> Path:
         *columns, console=console, transient=True, disable=not watched
     ) as progress:
         rounds = _measure(config, prompts, max_model_len, progress)
-    results = summarise([prompt.task for prompt in prompts], rounds)
+    results = summarise([prompt.task for prompt in prompts], rounds, config.swing)
     report.show(console, results)
     table.write_text(report.markdown(results), "utf-8")
     report.plot_load(results, load)
@@ -161,19 +161,15 @@ def _measure(
                 for method, backend in backends.items():
                     stage = f"{concurrency} in flight, round {number}, {method}"
                     bar = progress.add_task(stage, total=len(taken))
-                    seconds, requests, steps = backend.answer(
+                    measured = backend.answer(
                         taken,
                         concurrency,
                         partial(_advance, progress, bar),
                     )
                     progress.remove_task(bar)
-                    tokens = sum(one.num_tokens for one in requests)
-                    say(f"{stage}: {tokens / seconds:.1f} tokens/s")
-                    rounds.append(
-                        MeasuredRound(
-                            method, concurrency, number, seconds, requests, steps
-                        )
-                    )
+                    one = MeasuredRound(method, concurrency, number, *measured)
+                    say(f"{stage}: {one.tokens_per_second:.1f} tokens/s")
+                    rounds.append(one)
                     _write(config, prompts, rounds)
     return rounds
 
@@ -187,7 +183,7 @@ def _write(
 ) -> None:
     """All that is known so far."""
     content = {
-        "results": summarise([prompt.task for prompt in prompts], rounds),
+        "results": summarise([prompt.task for prompt in prompts], rounds, config.swing),
         "settings": config.model_dump(mode="json"),
         "provenance": provenance(),
         "prompts": [
@@ -212,6 +208,7 @@ def _as_json(one: MeasuredRound, rounds: list[MeasuredRound]) -> dict[str, Any]:
         "concurrency": one.concurrency,
         "round": one.number,
         "seconds": one.seconds,
+        "longest_step_seconds": one.longest_step_seconds,
         "requests": [
             {
                 "tokens": request.num_tokens,

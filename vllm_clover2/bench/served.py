@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from vllm_clover2.bench.backend import WARM_UP_TOKENS, engine_arguments
 from vllm_clover2.bench.config import BenchmarkConfig
-from vllm_clover2.bench.figures import MeasuredRequest, Steps
+from vllm_clover2.bench.figures import Measured, MeasuredRequest, Steps
 from vllm_clover2.bench.prompts import Prompt
 from vllm_clover2.bench.server import server
 
@@ -52,7 +52,7 @@ class ServerBackend:
         prompts: Sequence[Prompt],
         concurrency: int,
         report: Callable[[int], None],
-    ) -> tuple[float, list[MeasuredRequest], Steps]:
+    ) -> Measured:
         """Answer all prompts; `report` is told when they are done."""
         result = self._ask(prompts, concurrency, self._config.max_tokens)
         report(len(prompts))
@@ -128,9 +128,7 @@ def check_client_limits(prompts: Sequence[Prompt], max_tokens: int) -> None:
             )
 
 
-def read_result(
-    result: dict[str, Any], num_prompts: int
-) -> tuple[float, list[MeasuredRequest], Steps]:
+def read_result(result: dict[str, Any], num_prompts: int) -> Measured:
     """Seconds, requests and steps of a result file of `vllm bench serve`.
 
     vLLM counts accepted tokens over all requests, and those that a last step accepted
@@ -168,4 +166,4 @@ def read_result(
         reached.pop()
     decoded = sum(request.num_tokens - 1 for request in requests)
     steps = Steps(decoded - result.get("spec_decode_accepted_tokens", 0), reached)
-    return result["duration"], requests, steps
+    return Measured(result["duration"], requests, steps)

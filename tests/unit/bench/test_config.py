@@ -45,6 +45,11 @@ def test_loads_are_sorted():
     assert BenchmarkConfig(target="t", concurrency=[8, 1, 8]).concurrency == [1, 8]
 
 
+def test_the_load_of_a_served_benchmark_does_not_swing():
+    with pytest.raises(ValueError, match="leave out --served or --swing"):
+        BenchmarkConfig(target="t", served=True, swing=True)
+
+
 def test_every_method_is_told_to_vllm_in_its_own_way():
     config = BenchmarkConfig(target="t", head=Path("h"), eagle_head=Path("e"))
     assert speculative_config(config, "none") is None

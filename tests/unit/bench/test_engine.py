@@ -45,7 +45,7 @@ def test_an_engine_that_stops_in_a_round_shows_its_log(program: Path, tmp_path: 
 
 
 def test_an_engine_reports_progress_and_then_the_round(program: Path, tmp_path: Path):
-    expected = Round(2.0, [Answer("x", [5, 6], 2.0, 0.5, 1.5, [1])])
+    expected = Round(2.0, [Answer("x", [5, 6], 2.0, 0.5, 1.5, [1])], 0.5)
     program.write_text(
         "import json, sys\n"
         "assert json.loads(sys.argv[1]) == {'model': 'm'}\n"
@@ -53,11 +53,13 @@ def test_an_engine_reports_progress_and_then_the_round(program: Path, tmp_path: 
         "for line in sys.stdin:\n"
         "    request = json.loads(line)\n"
         "    assert request['in_flight'] == 3, request\n"
+        "    assert request['swing'] == (len(request['prompts']) == 1), request\n"
         '    print(\'{"done": 0}\\n{"done": 1}\')\n'
         f"    print({json.dumps(asdict(expected))!r}, flush=True)\n"
     )
     engine = Engine({"model": "m"}, tmp_path / "engine.log")
-    assert list(engine.answer([[1, 2]], max_tokens=2, in_flight=3)) == [0, 1]
+    answers = engine.answer([[1, 2]], max_tokens=2, in_flight=3, swing=True)
+    assert list(answers) == [0, 1]
     assert engine.last_round == expected
     assert engine.last_round.tokens_per_second == 1.0
     # Without a limit all prompts are in flight.
@@ -128,8 +130,21 @@ def test_so_many_requests_are_in_flight_and_no_more(in_flight: int, most: int):
     engine, done = WindowedEngine(), []
     llm = SimpleNamespace(llm_engine=engine, reset_prefix_cache=lambda: None)
     prompts = [[number] for number in range(5)]
-    one = module._answer(llm, prompts, 4, in_flight, [{}] * 5, done.append)
+    one = module._answer(llm, prompts, 4, in_flight, False, [{}] * 5, done.append)
     assert engine.most == most
     assert done == [1, 2, 3, 4, 5]
     assert [answer.token_ids for answer in one.answers] == prompts
     assert one.answers[0] == Answer("0", [0], 2.0, 1.75, 0.5, [], [[(0, -0.5)]])
+    assert 0.0 < one.longest_step_seconds < one.seconds
+
+
+def test_a_swinging_load_goes_up_and_down_until_all_are_answered():
+    assert list(module._loads(27, 5, True)) == [
+        (1, 2),
+        (5, 12),
+        (1, 14),
+        (5, 24),
+        (1, 26),
+        (5, 27),
+    ]
+    assert list(module._loads(27, 5, False)) == [(5, 27)]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables and plots of known results."""
 
+import dataclasses
 from pathlib import Path
 
 import matplotlib.image
@@ -49,6 +50,16 @@ def test_the_terminal_shows_one_table_a_load(results):
     assert "clover2: steps that accepted 1, 2, ... drafted tokens or more: 50% 25%" in (
         text
     )
+
+
+def test_a_swinging_load_is_named_with_its_longest_steps():
+    rounds = [
+        dataclasses.replace(round_of(name, 8, 1, 2.0), longest_step_seconds=seconds)
+        for name, seconds in (("none", 0.25), ("clover2", 0.5))
+    ]
+    text = markdown(summarise(["qa", "code"], rounds, swing=True))
+    assert text.startswith("1 to 8 requests in flight, up and down:")
+    assert "- longest step, prompts among its rows: none 0.25 s, clover2 0.50 s" in text
 
 
 def test_markdown_has_the_loads_and_the_tasks(results):

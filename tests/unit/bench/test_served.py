@@ -32,8 +32,9 @@ def result() -> dict:
 
 
 def test_requests_keep_their_order_and_times(result: dict):
-    seconds, requests, _ = read_result(result, 2)
-    assert seconds == 1.5
+    measured = read_result(result, 2)
+    requests = measured.requests
+    assert measured.seconds == 1.5
     assert [request.num_tokens for request in requests] == [16, 8]
     assert [request.content for request in requests] == ["able con", "thow cont"]
     assert [request.first_token_seconds for request in requests] == [0.25, 0.5]
@@ -41,14 +42,14 @@ def test_requests_keep_their_order_and_times(result: dict):
 
 
 def test_steps_are_what_accepted_tokens_leave(result: dict):
-    _, _, steps = read_result(result, 2)
+    steps = read_result(result, 2).steps
     # 22 tokens after the first ones, 11 of them drafted; 10 of 11 steps had a draft.
     assert steps == Steps(11, [7, 4])
 
 
 def test_without_speculation_every_token_is_a_step(result: dict):
     plain = {key: result[key] for key in result if "spec_decode" not in key}
-    assert read_result(plain, 2)[2] == Steps(22, [])
+    assert read_result(plain, 2).steps == Steps(22, [])
 
 
 def test_unanswered_prompts_are_an_error(result: dict):
