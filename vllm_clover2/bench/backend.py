@@ -62,7 +62,7 @@ class EngineBackend:
     ) -> Measured:
         tokens = [prompt.token_ids for prompt in prompts]
         for done in self._engine.answer(
-            tokens, self._max_tokens, concurrency, self._swing
+            tokens, self._max_tokens, concurrency, swing=self._swing
         ):
             report(done)
         one = self._engine.last_round

@@ -91,8 +91,8 @@ class Engine:
         prompts: list[list[int]],  # token ids
         max_tokens: int,
         in_flight: int | None = None,  # unfinished requests at a time; None: all
-        swing: bool = False,  # between one and `in_flight`
         sampling: list[dict[str, Any]] | None = None,  # each prompt's own parameters
+        swing: bool = False,  # between one and `in_flight`
     ) -> Iterator[int]:
         """Answer all `prompts`, yielding how many are done.
 

@@ -50,7 +50,7 @@ class PretendedEngine:
             )
             accepted = [2, 1] if self.speculates else []
             answers.append(Answer("", tokens, 1.0, 0.5, 0.5, accepted, top))
-        self.last_round = Round(1.0, answers)
+        self.last_round = Round(1.0, answers, 0.1)
         return [len(answers)]
 
     def close(self) -> None:

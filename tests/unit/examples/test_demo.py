@@ -28,12 +28,12 @@ def answer(
 
 @pytest.fixture
 def rounds() -> dict[str, list[Round]]:
-    plain = Round(8.0, [answer([1] * 4, 4.0), answer([2] * 4, 4.0)])
-    slow = Round(80.0, plain.answers)
+    plain = Round(8.0, [answer([1] * 4, 4.0), answer([2] * 4, 4.0)], 0.5)
+    slow = Round(80.0, plain.answers, 0.5)
     # Answer one: of 4 steps, two accepted 0 drafts, one accepted 1, one accepted 3.
     same = answer([1] * 4, 1.0, [0, 3, 0, 1])
     other = answer([2, 2, 2, 3], 3.0, [0, 0, 0, 0])
-    drafted = Round(4.0, [same, other])
+    drafted = Round(4.0, [same, other], 0.5)
     return {"none": [plain, slow, plain], "clover2": [drafted] * 3}
 
 
@@ -64,7 +64,7 @@ def test_one_different_token_is_not_identical(rounds):
 
 
 def test_one_different_round_is_not_identical(rounds):
-    deviating = Round(4.0, [answer([9] * 4, 1.0), answer([2] * 4, 1.0)])
+    deviating = Round(4.0, [answer([9] * 4, 1.0), answer([2] * 4, 1.0)], 0.5)
     rounds["none"][2] = deviating
     assert summarise(PROMPTS, rounds)["none"]["identical"] == 1
 
