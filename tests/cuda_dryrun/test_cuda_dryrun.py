@@ -156,7 +156,9 @@ def test_preemption_happened(results: dict[str, Any]) -> None:
     assert results["chunked prefill"]["drafts"]["trimmed by the scheduler"] > 0
 
 
-@pytest.mark.parametrize("name", ["CUDA kernels", "V2, CUDA kernels"])
+@pytest.mark.parametrize(
+    "name", ["CUDA kernels", "V2, CUDA kernels", "V2, graphs, CUDA kernels"]
+)
 def test_the_emulated_kernels_ran(name: str, results: dict[str, Any]) -> None:
     result = results[name]
     assert result["kernels"] > 6 * result["steps"]  # four layers, accept, commit
