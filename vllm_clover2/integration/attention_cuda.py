@@ -22,6 +22,7 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 
 from vllm_clover2.integration.attention import TreeAttentionMixin
+from vllm_clover2.integration.speculative_config import Clover2SpeculativeConfig
 
 
 class TreeMetadataBuilderMixin(AttentionMetadataBuilder[Any]):
@@ -31,10 +32,12 @@ class TreeMetadataBuilderMixin(AttentionMetadataBuilder[Any]):
     def get_cudagraph_support(
         cls, vllm_config: VllmConfig, kv_cache_spec: Any
     ) -> AttentionCGSupport:
+        stock = super().get_cudagraph_support(vllm_config, kv_cache_spec)
         speculative = vllm_config.speculative_config
+        if not isinstance(speculative, Clover2SpeculativeConfig):
+            return stock  # a plain engine in the same process
         if not speculative.runs_on_v2:
             return AttentionCGSupport.NEVER
-        stock = super().get_cudagraph_support(vllm_config, kv_cache_spec)
         if speculative.tree_options().tree == "chain":
             return stock
         return min(stock, AttentionCGSupport.UNIFORM_BATCH, key=lambda s: s.value)
