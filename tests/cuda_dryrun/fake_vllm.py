@@ -46,9 +46,10 @@ GRAPHS = {
     "compilation_config": {
         "mode": 0,
         "custom_ops": ["none"],
-        "cudagraph_mode": "PIECEWISE",
-        # Batch sizes, and rows of batches that verify trees, or draft below them.
-        "cudagraph_capture_sizes": [1, 2, 4, 8, 34, 68, 136],
+        "cudagraph_mode": "FULL_AND_PIECEWISE",  # as vLLM has it on a GPU
+        # Batch sizes, and rows of 1 to 8 requests that draft below trees (17 rows
+        # each), or verify them (26).
+        "cudagraph_capture_sizes": [1, 2, 4, 8, 34, 52, 68, 104, 136, 208],
     },
 }
 

@@ -20,6 +20,7 @@ import fake_gpu
 import fake_vllm
 
 TREES = {"num_speculative_tokens": 25, "adaptive": False}
+BY_BATCH_SIZE = [[1, 5, 25], [6, 8, 8], [9, 32, 0]]
 GREEDY: dict[str, Any] = {}
 SEEDED = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 3}
 PENALTIES = {"temperature": 0.9, "seed": 5, "repetition_penalty": 1.1, "logprobs": 3}
@@ -56,6 +57,14 @@ class Scenario:
         return params
 
 
+def graphs_of(mode: str, *sizes: int) -> dict[str, Any]:
+    """Options of an engine with other CUDA graphs than most here."""
+    options = fake_vllm.GRAPHS["compilation_config"] | {"cudagraph_mode": mode}
+    if sizes:
+        options["cudagraph_capture_sizes"] = list(sizes)
+    return {"compilation_config": options}
+
+
 SCENARIOS = {
     "own drafts": Scenario(TREES, planted=False),
     "own drafts, adaptive": Scenario({}, planted=False),
@@ -90,14 +99,26 @@ WITH_GRAPHS = {
         TREES, requests=12, others=(SEEDED, PENALTIES, BAD_WORDS, GRAMMAR, BIAS, MIN_P)
     ),
     "planted, by batch size": Scenario(
-        TREES | {"num_speculative_tokens_per_batch_size": [[1, 5, 25], [6, 32, 8]]}
+        TREES | {"num_speculative_tokens_per_batch_size": BY_BATCH_SIZE},
+        requests=12,
+        aborted=4,
     ),
     # Where memory is profiled, graphs are captured for that, and dropped.
     "chunked prefill": Scenario(
-        TREES, options={"max_num_batched_tokens": 48, "kv_cache_memory_bytes": None}
+        TREES, options={"max_num_batched_tokens": 104, "kv_cache_memory_bytes": None}
     ),
     "preempted": Scenario(TREES, tokens=48, options={"num_gpu_blocks_override": 24}),
     "aborted": Scenario(TREES, requests=12, aborted=3, options={"max_num_seqs": 4}),
+    "planted, piecewise": Scenario(TREES, options=graphs_of("PIECEWISE")),
+    "planted, full": Scenario(TREES, options=graphs_of("FULL")),
+    # Three requests in the graph of four.
+    "CUDA kernels": Scenario(
+        TREES,
+        requests=3,
+        tokens=10,
+        emulated=True,
+        options=graphs_of("FULL_AND_PIECEWISE", 1, 2, 4, 51, 104),
+    ),
 }
 OF_RUNNER_V2 |= {
     f"graphs, {name}": dataclasses.replace(scenario, graphs=True)
@@ -163,10 +184,11 @@ class Bed:
         from recording import record
 
         options = (fake_vllm.GRAPHS if scenario.graphs else {}) | scenario.options
-        engine = self._engine(scenario, self.head, tree=scenario.tree, **options)
         spy = CommitSpy()
         with ExitStack() as stack:
+            # The engine's graphs hold what runs now.
             stack.enter_context(emulated_attention(scenario.emulated))
+            engine = self._engine(scenario, self.head, tree=scenario.tree, **options)
             counts = stack.enter_context(counted(engine))
             patch = stack.enter_context(patches())
             trees = {}
@@ -283,6 +305,23 @@ def _counting(stock: Callable[..., Any], counts: dict[str, Any], key: str) -> An
     return call
 
 
+def count_passes(engine: Any, counts: dict[str, Any], patch: Any) -> None:
+    """The target's passes: requests, rows of each if equal, graph, its requests."""
+    if (manager := getattr(engine.runner, "cudagraph_manager", None)) is None:
+        return
+    counts |= {"passes": [], "whole graphs": 0}
+    stock, passes = manager.dispatch, counts["passes"]
+
+    def dispatch(requests: int, rows: int, each: int | None, *args: Any, **kw: Any):
+        size = stock(requests, rows, each, *args, **kw)
+        passes.append([requests, each, size.cg_mode.name, size.num_reqs])
+        return size
+
+    patch(manager, "dispatch", dispatch)
+    replay = _counting(manager.run_fullgraph, counts, "whole graphs")
+    patch(manager, "run_fullgraph", replay)
+
+
 def count_replays(engine: Any, counts: dict[str, Any], patch: Any) -> None:
     """Batch sizes of both parts of drafting, and which of them a graph was for."""
     speculator = getattr(engine.runner, "speculator", None)
@@ -311,6 +350,7 @@ def counted(engine: Any) -> Iterator[dict[str, Any]]:
             (engine.scheduler, "_preempt_request", "preempted"),
         ):
             patch(owner, name, _counting(getattr(owner, name), counts, key))
+        count_passes(engine, counts, patch)
         count_replays(engine, counts, patch)
         launched = emulator.emulated_kernels_run()
         transfers.counts.clear()

@@ -43,6 +43,7 @@ STARTS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     ),
     "V1, whole trees": ({}, {"adaptive": False}, False),
     "V2": ({}, {}, False),
+    "V2, full graphs": (FULL_GRAPHS, {}, False),
     "V2, async": ({"async_scheduling": True}, {}, False),
     "V2, no head": ({}, {"model": "none"}, False),
     "V2, sliding window": (WINDOW, {}, False),

@@ -132,6 +132,10 @@ def test_graphs_of_whole_passes(
             refuse_unsupported(config)
     else:
         refuse_unsupported(config)
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
+    with pytest.raises(ValueError, match="- Model Runner V2 without CUDA") as error:
+        refuse_unsupported(config)
+    assert "CUDA graphs" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ import torch
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
+from vllm_clover2.integration.attention import TreeRows
 from vllm_clover2.integration.step import rows_of_text
 from vllm_clover2.integration.v2.context import DeviceContext
 from vllm_clover2.integration.v2.drafting import reads_drafts_as_text
+from vllm_clover2.integration.v2.graphs import TreesInGraphs
 from vllm_clover2.integration.v2.trees import DeviceTrees
 from vllm_clover2.tree.candidates import CandidatePool
 from vllm_clover2.tree.context import Calibration, ContextLimits
@@ -78,6 +80,40 @@ def test_a_slot_without_a_tree_has_a_root() -> None:
     trees = DeviceTrees(2, num_nodes=2, max_depth=1, device=torch.device("cpu"))
     rows = trees.rows(torch.tensor([0]), torch.tensor([0]))
     assert [part.tolist() for part in rows] == [[-1], [0], [1], [False]]
+
+
+def rows_of_two_requests(covers_batch: bool) -> TreeRows:
+    return TreeRows(
+        requests=None,
+        prefix_lens=torch.tensor([7, 9], dtype=torch.int32),
+        query_starts=torch.tensor([0, 3], dtype=torch.int32),
+        row_offsets=torch.tensor([0, 3, 6], dtype=torch.int32),
+        ancestors=torch.tensor([1, 3, 5, 1, 3, 7]),
+        covers_batch=covers_batch,
+    )
+
+
+def test_graphs_read_trees_in_place() -> None:
+    """A graph of three requests sees the trees of a later batch of two."""
+    in_graphs = TreesInGraphs(4, max_rows=16, device=torch.device("cpu"))
+    starts = torch.tensor([0, 3, 6, 9, 9], dtype=torch.int32)
+    captured = in_graphs.rows_of(
+        SimpleNamespace(num_reqs=3, num_tokens=9, query_start_loc=starts[:4])
+    )
+    starts.copy_(torch.tensor([0, 3, 6, 6, 6]))
+    trees = rows_of_two_requests(covers_batch=True)
+    in_graphs.fill(trees)
+    assert torch.equal(captured.prefix_lens[:2], trees.prefix_lens)
+    assert torch.equal(captured.query_starts[:2], trees.query_starts)
+    assert captured.row_offsets.tolist() == [0, 3, 6, 6]  # one without rows
+    assert torch.equal(captured.ancestors[:6], trees.ancestors)
+    assert captured.covers_batch
+
+
+def test_graphs_hold_no_prompts() -> None:
+    in_graphs = TreesInGraphs(4, max_rows=16, device=torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="needs a batch of drafts"):
+        in_graphs.fill(rows_of_two_requests(covers_batch=False))
 
 
 def test_rows_of_text() -> None:

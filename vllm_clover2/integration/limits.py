@@ -67,9 +67,11 @@ def _method_limits(vllm_config: VllmConfig) -> list[str]:
         "MLA targets: their KV layout is not supported; use an MHA/GQA target": (
             model.use_mla
         ),
-        "CUDA graphs of whole passes: rows and masks of drafts change from step to "
-        'step; set cudagraph_mode "PIECEWISE" in compilation_config': (
-            graphs is not None
+        "CUDA graphs of whole passes on Model Runner V1: there rows and masks of "
+        'drafts are made anew in every step; set cudagraph_mode "PIECEWISE" in '
+        "compilation_config": (
+            not vllm_config.use_v2_model_runner
+            and graphs is not None
             and graphs.has_full_cudagraphs()
             and not graphs.requires_piecewise_compilation()
         ),

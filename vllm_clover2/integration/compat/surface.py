@@ -97,6 +97,10 @@ EXPECTED_WORKER_V2 = {
     f"{_V2}.model_states.default:DefaultModelState.prepare_dummy_inputs": (
         "self num_reqs num_tokens"
     ),
+    f"{_V2}.model_states.default:DefaultModelState.prepare_attn": (
+        "self input_batch cudagraph_mode block_tables slot_mappings attn_groups "
+        "kv_cache_config for_capture ubatch_idx model_specific_attn_metadata"
+    ),
     f"{_V2}.model_states.default:DefaultModelState.postprocess_state": (
         "self idx_mapping num_sampled num_computed_tokens"
     ),

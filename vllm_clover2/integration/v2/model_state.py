@@ -4,7 +4,7 @@
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.config import CUDAGraphMode, VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -21,6 +21,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_clover2.integration import step
 from vllm_clover2.integration.attention import TreeRows
 from vllm_clover2.integration.limits import refuse
+from vllm_clover2.integration.v2.graphs import TreesInGraphs
 from vllm_clover2.integration.v2.sampling import TreeRejectionSampler
 from vllm_clover2.integration.v2.speculator import ContextSpeculator, HeadSpeculator
 
@@ -50,13 +51,16 @@ class Clover2ModelState(DefaultModelState):
         self._positions = torch.zeros(
             self.max_num_tokens, dtype=torch.int64, device=device
         )
+        self._in_graphs = TreesInGraphs(self.max_num_reqs, self.max_num_tokens, device)
         layers = get_layers_from_vllm_config(
             vllm_config,
             AttentionLayerBase,  # type: ignore[type-abstract]
         )
-        drafts = speculator.draft_attn_layer_names
+        self._draft_layer_names = speculator.draft_attn_layer_names
         self.target_layers = [
-            layer for name, layer in layers.items() if name not in drafts
+            layer
+            for name, layer in layers.items()
+            if name not in self._draft_layer_names
         ]
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
@@ -105,17 +109,27 @@ class Clover2ModelState(DefaultModelState):
     def prepare_attn(
         self,
         input_batch: InputBatch,
-        cudagraph_mode: Any,
-        block_tables: tuple[torch.Tensor, ...],
+        cudagraph_mode: CUDAGraphMode,
         *args: Any,
+        for_capture: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         per_layer = super().prepare_attn(
-            input_batch, cudagraph_mode, block_tables, *args, **kwargs
+            input_batch, cudagraph_mode, *args, for_capture=for_capture, **kwargs
         )
-        if self._branches and input_batch.num_draft_tokens:
+        if not self._branches:
+            return per_layer
+        trees = None
+        if for_capture:
+            # Batches without drafts have graphs too, with vLLM's own attention.
+            if input_batch.num_tokens > input_batch.num_reqs:
+                trees = self._in_graphs.rows_of(input_batch)
+        elif input_batch.num_draft_tokens:
             trees = self._tree_rows(input_batch)
-            for metadata in {id(m): m for m in per_layer.values()}.values():
+            if cudagraph_mode == CUDAGraphMode.FULL:
+                self._in_graphs.fill(trees)
+        for name, metadata in per_layer.items():
+            if name not in self._draft_layer_names:  # those see the text alone
                 metadata.clover2_trees = trees
         return per_layer
 

@@ -34,7 +34,6 @@ from vllm.v1.worker.gpu.spec_decode.speculator import (
 )
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_clover2.integration.attention import understands_trees
 from vllm_clover2.integration.compat import patches
 from vllm_clover2.integration.step import rows_of_text
 from vllm_clover2.integration.v2.drafting import DeviceDrafting
@@ -146,7 +145,8 @@ class HeadSpeculator(DraftModelSpeculator):
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         make = partial(DraftingGraphs, self.vllm_config, self.device)
         self.growth_graphs = make(cudagraph_mode, rows=1)
-        if not self._attention_can_be_captured():
+        support = self.attn_cg_support.min_cg_support
+        if support.value < AttentionCGSupport.UNIFORM_BATCH.value:
             logger.info_once("clover2: the draft's attention stays outside CUDA graphs")
             cudagraph_mode = CUDAGraphMode.NONE
         self.augment_graphs = make(cudagraph_mode, rows=1 + self._max_depth)
@@ -272,18 +272,6 @@ class HeadSpeculator(DraftModelSpeculator):
         ):
             states: torch.Tensor = self.model(next_tokens, positions, hidden)
         return states
-
-    def _attention_can_be_captured(self) -> bool:
-        """Whether whole graphs may hold the draft's attention, which is causal.
-
-        What the backends that know trees say of graphs is said of trees.
-        """
-        if all(
-            understands_trees(g.backend) for groups in self.attn_groups for g in groups
-        ):
-            return True
-        support = self.attn_cg_support.min_cg_support
-        return bool(support.value >= AttentionCGSupport.UNIFORM_BATCH.value)
 
     def _text_rows(self, batch: InputBatch, num_sampled: torch.Tensor) -> _TextRows:
         """Lay the rows out; leaves starts, positions and lengths in the buffers."""
