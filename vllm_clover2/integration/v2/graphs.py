@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """CUDA graphs of drafting, captured and replayed as vLLM's own speculators do it."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,11 @@ class DraftingGraphs(CudaGraphManager):
     ) -> None:
         # Trees keep the target's graphs piecewise; there is no attention to them here.
         mode = CUDAGraphMode.FULL_DECODE_ONLY if target_mode else CUDAGraphMode.NONE
-        super().__init__(vllm_config, device, mode, decode_query_len=rows)
+        # With it, there would be sizes for all widths that the scheduler may choose.
+        plain = copy.copy(vllm_config)
+        plain.speculative_config = None
+        super().__init__(plain, device, mode, decode_query_len=rows)
+        self.vllm_config = vllm_config
         self._results: dict[BatchExecutionDescriptor, Any] = {}
 
     def capture_part(
