@@ -8,6 +8,7 @@ plain vLLM's text, what was accepted and moved, and what went between host and d
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ import fake_gpu
 import fake_vllm
 
 TREES = {"num_speculative_tokens": 25, "adaptive": False}
+CHAINS = {"tree": "chain", "adaptive": False}
 BY_BATCH_SIZE = [[1, 5, 25], [6, 8, 8], [9, 32, 0]]
 GREEDY: dict[str, Any] = {}
 SEEDED = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 3}
@@ -43,6 +45,7 @@ class Scenario:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     others: tuple[dict[str, Any], ...] = ()  # parameters of every further request
     aborted: int = 0  # requests that are aborted after a few steps
+    widths: tuple[int, ...] = ()  # that adaptive trees are to have, one after the other
     graphs: bool = False  # replay CUDA graphs where there are any
     runner: str = "V1"
 
@@ -74,7 +77,7 @@ SCENARIOS = {
     "own drafts, no head": Scenario(TREES | {"model": "none"}, planted=False),
     "planted, no head": Scenario(TREES | {"model": "none"}),
     "planted, static": Scenario({"tree": "static"}),
-    "planted, chain": Scenario({"tree": "chain", "adaptive": False}),
+    "planted, chain": Scenario(CHAINS),
     "planted, seeded": Scenario(TREES, SEEDED),
     "planted, penalties": Scenario(TREES, PENALTIES),
     "chunked prefill": Scenario(TREES, options={"max_num_batched_tokens": 48}),
@@ -84,7 +87,7 @@ SCENARIOS = {
 OF_RUNNER_V2 = {
     "own drafts": Scenario(TREES, planted=False),
     "own drafts, penalties": Scenario(TREES, PENALTIES, planted=False),
-    "own drafts, chain": Scenario({"tree": "chain"}, planted=False),
+    "own drafts, chain": Scenario(CHAINS, planted=False),
     "planted, synchronous": Scenario(
         TREES, SEEDED, options={"async_scheduling": False}
     ),
@@ -94,7 +97,7 @@ WITH_GRAPHS = {
     "own drafts": Scenario(TREES, planted=False),
     "own drafts, no head": Scenario(TREES | {"model": "none"}, planted=False),
     "planted, static": Scenario({"tree": "static"}),
-    "planted, chain": Scenario({"tree": "chain"}),
+    "planted, chain": Scenario(CHAINS),
     "planted, all kinds": Scenario(
         TREES, requests=12, others=(SEEDED, PENALTIES, BAD_WORDS, GRAMMAR, BIAS, MIN_P)
     ),
@@ -108,6 +111,11 @@ WITH_GRAPHS = {
         TREES, options={"max_num_batched_tokens": 104, "kv_cache_memory_bytes": None}
     ),
     "preempted": Scenario(TREES, tokens=48, options={"num_gpu_blocks_override": 24}),
+    "own drafts, adaptive": Scenario({}, planted=False, widths=(25, 0, 8, 2, 0)),
+    "own drafts, no head, adaptive": Scenario({"model": "none"}, planted=False),
+    "planted, adaptive": Scenario(
+        {}, others=(SEEDED, PENALTIES, GRAMMAR), widths=(25, 8, 0, 2, 25)
+    ),
     "aborted": Scenario(TREES, requests=12, aborted=3, options={"max_num_seqs": 4}),
     "planted, piecewise": Scenario(TREES, options=graphs_of("PIECEWISE")),
     "planted, full": Scenario(TREES, options=graphs_of("FULL")),
@@ -191,6 +199,7 @@ class Bed:
             engine = self._engine(scenario, self.head, tree=scenario.tree, **options)
             counts = stack.enter_context(counted(engine))
             patch = stack.enter_context(patches())
+            force_widths(scenario.widths, patch)
             trees = {}
             if not scenario.planted:
                 trees = record(engine.runner, patch)
@@ -224,8 +233,18 @@ class Bed:
             "moved": spy.moved,
             "trees": trees,
             "drafts": engine.llm.collective_rpc("clover2_stats")[0],
+            "times": times(engine) if scenario.widths else {},
             **counts,
         }
+
+
+def times(engine: Any) -> dict[str, Any]:
+    """What a worker has measured at start, and measures when asked."""
+    rpc = engine.llm.collective_rpc
+    return {
+        "steps": rpc("clover2_step_milliseconds")[0],
+        "parts": rpc("clover2_part_milliseconds")[0],
+    }
 
 
 def install_planter(scenario: Scenario, engine: Any, patch: Any) -> None:
@@ -239,6 +258,20 @@ def install_planter(scenario: Scenario, engine: Any, patch: Any) -> None:
         from planting_v2 import install
 
         install(planter, engine.runner, patch)
+
+
+def force_widths(widths: tuple[int, ...], patch: Any) -> None:
+    """Let a worker want these, whatever steps cost."""
+    if widths:
+        from vllm_clover2.tree.widths import WidthChooser
+
+        stock, wanted = WidthChooser.choose, itertools.cycle(widths)
+
+        def choose(chooser: Any, plain: Any) -> int:
+            stock(chooser, plain)  # must not fail either
+            return next(wanted)
+
+        patch(WidthChooser, "choose", choose)
 
 
 def run_aborting(engine: Any, requests: list[Any], aborted: int) -> list[Any]:
@@ -328,15 +361,32 @@ def count_replays(engine: Any, counts: dict[str, Any], patch: Any) -> None:
     for part in ("augment_graphs", "growth_graphs"):
         if (graphs := getattr(speculator, part, None)) is None:
             continue
-        counts[part] = sizes = []
-        stock = graphs.size_for
+        sizes: list[Any] = []
+        counts[part] = sizes
+        for each in graphs.values() if isinstance(graphs, dict) else [graphs]:
+            stock = each.size_for
 
-        def size_for(batch: int, stock: Any = stock, sizes: list[Any] = sizes) -> Any:
-            size = stock(batch)
-            sizes.append([batch, size and size.num_reqs])
-            return size
+            def size_for(
+                batch: int, stock: Any = stock, sizes: list[Any] = sizes
+            ) -> Any:
+                size = stock(batch)
+                sizes.append([batch, size and size.num_reqs])
+                return size
 
-        patch(graphs, "size_for", size_for)
+            patch(each, "size_for", size_for)
+
+
+def count_widths(engine: Any, counts: dict[str, Any], patch: Any) -> None:
+    """How many nodes requests were to verify, step by step."""
+    stock, counts["widths"] = engine.runner.execute_model, []
+
+    def execute_model(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+        drafts = scheduled.scheduled_spec_decode_tokens
+        widths = {len(drafts.get(name, ())) for name in scheduled.num_scheduled_tokens}
+        counts["widths"].append(sorted(widths))
+        return stock(scheduled, *args, **kwargs)
+
+    patch(engine.runner, "execute_model", execute_model)
 
 
 @contextmanager
@@ -352,6 +402,7 @@ def counted(engine: Any) -> Iterator[dict[str, Any]]:
             patch(owner, name, _counting(getattr(owner, name), counts, key))
         count_passes(engine, counts, patch)
         count_replays(engine, counts, patch)
+        count_widths(engine, counts, patch)
         launched = emulator.emulated_kernels_run()
         transfers.counts.clear()
         transfers.counting = True

@@ -27,8 +27,8 @@ STARTS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "default": (BFLOAT16, {}, False),
     "default, chain": (BFLOAT16, {"tree": "chain"}, False),
     "float32": ({}, {}, False),
-    "async": ({"async_scheduling": True}, {}, False),
-    "full graphs": (FULL_GRAPHS, {}, False),
+    "V1, async": ({"async_scheduling": True}, {}, False),
+    "V1, full graphs": (FULL_GRAPHS, {}, False),
     "backend without trees": ({"attention_backend": "FLEX_ATTENTION"}, {}, True),
     "head size 32": ({"model": "small"}, {"model": "small-head"}, True),
     "no compiled ops": ({}, {}, True),
@@ -36,16 +36,19 @@ STARTS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "chosen, adaptive": ({}, {}, False),
     "chosen, whole trees": ({}, {"adaptive": False}, False),
     "chosen, static": ({}, {"tree": "static", "model": "head"}, False),
-    "chosen, prompt embeddings": (
-        {"enable_prompt_embeds": True},
-        {"adaptive": False},
-        False,
-    ),
-    "V1, whole trees": ({}, {"adaptive": False}, False),
+    "chosen, no head": ({}, {"model": "none"}, False),
+    "chosen, prompt embeddings": ({"enable_prompt_embeds": True}, {}, False),
+    "chosen, data parallel": ({"data_parallel_size": 2}, {}, False),
+    "V1": ({}, {}, False),
     "V2": ({}, {}, False),
     "V2, full graphs": (FULL_GRAPHS, {}, False),
     "V2, async": ({"async_scheduling": True}, {}, False),
     "V2, no head": ({}, {"model": "none"}, False),
+    "V2, by batch size": (
+        {},
+        {"num_speculative_tokens_per_batch_size": [[1, 4, 9]]},
+        False,
+    ),
     "V2, sliding window": (WINDOW, {}, False),
     "V2, sliding window, chain": (WINDOW, {"tree": "chain"}, False),
     "V2, sampled drafts": ({}, {"draft_sample_method": "probabilistic"}, False),
@@ -96,7 +99,8 @@ def start(
         config = EngineArgs(**arguments).create_engine_config()
         if name.startswith(("V", "chosen")):
             runner = config.use_v2_model_runner
-            return [runner, config.scheduler_config.async_scheduling]
+            widths = config.speculative_config.num_speculative_tokens_per_batch_size
+            return [runner, config.scheduler_config.async_scheduling, widths]
         chosen = config.attention_config.backend
         of_draft = config.speculative_config.attention_backend
         return [backend and backend.name for backend in (chosen, of_draft)]

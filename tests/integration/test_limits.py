@@ -141,7 +141,7 @@ def test_graphs_of_whole_passes(
 @pytest.mark.parametrize(
     ("part", "name", "value", "reason"),
     [
-        ("parallel", "data_parallel_size", 2, "data parallelism on Model Runner V2"),
+        ("parallel", "data_parallel_size", 2, "data parallelism with clover2 on Mod"),
         ("parallel", "enable_batch_sharded_sampling", True, "batch-sharded sampling"),
         ("model", "return_sampling_mask", True, "sampling masks on Model Runner V2"),
         ("speculative", "enable_adaptive_verification", True, "adaptive verification"),
@@ -161,7 +161,7 @@ def test_model_runner_v2(
     monkeypatch.setattr(getattr(config, f"{part}_config"), name, value)
     refuse_unsupported(config)
     monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
-    with pytest.raises(ValueError, match=f"- Model Runner V2 without.*\n- {reason}"):
+    with pytest.raises(ValueError, match=f"- clover2 without CUDA on .*\n- {reason}"):
         refuse_unsupported(config)
 
 
@@ -191,7 +191,7 @@ def test_sliding_windows_on_model_runner_v2_are_refused(
     reason = "- sliding-window attention with trees on CUDA or Model Runner V2"
     with pytest.raises(ValueError, match=reason):
         refuse_unsupported(tree)
-    with pytest.raises(ValueError, match="- a target with a sliding window on Model R"):
+    with pytest.raises(ValueError, match="- a head of clover2 beside sliding windows"):
         refuse_unsupported(chain)
 
 
@@ -200,7 +200,7 @@ def test_prompt_embeddings_on_model_runner_v2(
 ) -> None:
     monkeypatch.setattr(config.model_config, "enable_prompt_embeds", True)
     monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
-    with pytest.raises(ValueError, match="- prompt embeddings on Model Runner V2"):
+    with pytest.raises(ValueError, match="- prompt embeddings with clover2 on Model"):
         refuse_unsupported(config)
 
 

@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of the route on Model Runner V2, whose tensors may as well be the CPU's."""
 
+import pickle
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
+from vllm_clover2.integration import scheduling, speculative_config
 from vllm_clover2.integration.attention import TreeRows
 from vllm_clover2.integration.step import rows_of_text
 from vllm_clover2.integration.v2.context import DeviceContext
@@ -18,6 +24,7 @@ from vllm_clover2.integration.v2.trees import DeviceTrees
 from vllm_clover2.tree.candidates import CandidatePool
 from vllm_clover2.tree.context import Calibration, ContextLimits
 from vllm_clover2.tree.types import GrownTrees, TreeBatch
+from vllm_clover2.tree.widths import widths_at_start
 
 # Two trees, the first as drawn (in brackets the rows), the second of one node.
 #
@@ -210,3 +217,38 @@ def test_who_gets_chains(params: dict[str, Any]) -> None:
     assert reads_drafts_as_text(SamplingParams(**params))
     plain = SamplingParams(temperature=0.8, top_p=0.9, seed=1, min_tokens=3, logprobs=2)
     assert not reads_drafts_as_text(plain)
+
+
+def test_the_default_on_a_gpu(
+    target: Path, head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the user's word it is V2, whose table of widths is vLLM's."""
+    speculative = {"method": "clover2", "model": str(head)}
+    args = EngineArgs(model=str(target), speculative_config=speculative)
+    config = args.create_engine_config().speculative_config
+    assert not config.runs_on_v2
+    assert config.num_speculative_tokens_per_batch_size is None
+
+    monkeypatch.setattr(speculative_config, "HAS_TRITON", True)
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda _: True)
+    assert config.runs_on_v2
+    assert not config.adapts_on_v2
+    assert config.scheduled_widths() == {25}
+    config.num_speculative_tokens_per_batch_size = [[1, 4, 9], [5, 99, 0]]
+    assert not config.adapts_on_v2
+    assert config.scheduled_widths() == {9, 0}
+    config.num_speculative_tokens_per_batch_size = widths_at_start(25)
+    assert config.adapts_on_v2
+    assert config.scheduled_widths() == {25, 8, 2, 0}
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    assert not config.runs_on_v2
+
+
+def test_the_scheduler_follows_a_worker() -> None:
+    output = ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0})
+    scheduling.attach(output, 8)
+    scheduler = SimpleNamespace(dynamic_sd_lookup=[0, 25, 25, 2])
+    scheduling.follow(scheduler, EMPTY_MODEL_RUNNER_OUTPUT)
+    assert scheduler.dynamic_sd_lookup == [0, 25, 25, 2]
+    scheduling.follow(scheduler, pickle.loads(pickle.dumps(output)))
+    assert scheduler.dynamic_sd_lookup == [8, 8, 8, 8]

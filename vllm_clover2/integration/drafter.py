@@ -16,6 +16,8 @@ from vllm_clover2.tree.options import TreeOptions
 from vllm_clover2.tree.step_cost import StepCost
 from vllm_clover2.tree.types import MAX_ROWS
 
+COMMITTED_ROWS = 3
+"""A step commits its root and the accepted nodes: two or three rows."""
 _MEASURED_ROWS = tuple(2**n for n in range(11))
 _LONG_PASS = 0.1
 """Seconds. Starting must not take long; further rows cost what the last ones did."""

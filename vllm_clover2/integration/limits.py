@@ -96,22 +96,12 @@ def _tree_limits(vllm_config: VllmConfig) -> list[str]:
 
 
 def _runner_v2_limits(vllm_config: VllmConfig) -> list[str]:
-    """What Model Runner V1 can be combined with but V2 cannot."""
-    speculative, parallel = vllm_config.speculative_config, vllm_config.parallel_config
-    v1 = "unset VLLM_USE_V2_MODEL_RUNNER"
+    """What Model Runner V2 cannot be combined with; part of it V1 can."""
+    speculative = vllm_config.speculative_config
     limits = {
-        f"Model Runner V2 without CUDA; {v1}": not current_platform.is_cuda(),
-        f"data parallelism on Model Runner V2; {v1}": parallel.data_parallel_size > 1,
-        f"a target with a sliding window on Model Runner V2: its head has none, and KV "
-        f"in a group of its own, which has not been tried there; {v1}": (
-            speculative.has_head
-            and vllm_config.model_config.get_sliding_window() is not None
-        ),
-        f"prompt embeddings on Model Runner V2: there a request's text is token ids; "
-        f"{v1}": vllm_config.model_config.enable_prompt_embeds,
         "batch-sharded sampling: each rank would know the accepted rows of its own "
         "requests only; remove enable_batch_sharded_sampling": (
-            parallel.enable_batch_sharded_sampling
+            vllm_config.parallel_config.enable_batch_sharded_sampling
         ),
         "sampling masks on Model Runner V2: they would be those of other rows; remove "
         "return_sampling_mask": vllm_config.model_config.return_sampling_mask,
@@ -123,4 +113,10 @@ def _runner_v2_limits(vllm_config: VllmConfig) -> list[str]:
             or speculative.rejection_sample_method != "standard"
         ),
     }
-    return [reason for reason, found in limits.items() if found]
+    return [
+        *(
+            f"{part} on Model Runner V2; unset VLLM_USE_V2_MODEL_RUNNER"
+            for part in speculative.missing_on_v2()
+        ),
+        *(reason for reason, found in limits.items() if found),
+    ]

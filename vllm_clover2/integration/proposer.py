@@ -15,11 +15,9 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
 
 from vllm_clover2.integration.backlog import CommittedRows
-from vllm_clover2.integration.drafter import Drafter
+from vllm_clover2.integration.drafter import COMMITTED_ROWS, Drafter
 from vllm_clover2.tree.grower import TreeGrower
 
-_COMMITTED_ROWS = 3
-"""A step commits its root and the accepted nodes: two or three rows."""
 _MEASURED_REQUESTS = 8
 
 logger = init_logger(f"vllm.{__name__}")
@@ -151,8 +149,8 @@ class Clover2Proposer(Drafter, EagleProposer):
     def named_parts(self) -> dict[str, Callable[[], Any]]:
         """A dynamic tree grows to its full depth, which is the most it can take."""
         return {
-            f"augment_{_COMMITTED_ROWS}": functools.partial(
-                self._pass_rows, _COMMITTED_ROWS
+            f"augment_{COMMITTED_ROWS}": functools.partial(
+                self._pass_rows, COMMITTED_ROWS
             ),
             "grow": functools.partial(self._grow, self.hidden_states[:1]),
         }

@@ -159,12 +159,7 @@ class Clover2RunnerMixin:
         chooser = self.drafting.chooser
         if chooser is None:
             return {}
-        rows = (1, 2, 4, 8, 16, 26, 32, 61, 64, 128, 256)
-        return {
-            n: 1e3 * chooser.cost.seconds(Work(n, 0, 0))
-            for n in rows
-            if n <= chooser.cost.max_rows
-        }
+        return chooser.cost.milliseconds()
 
     def _pass_rows(self, num_rows: int) -> None:
         """Run the target over so many rows, output head included, without KV."""

@@ -17,6 +17,7 @@ from vllm.triton_utils import HAS_TRITON
 
 from vllm_clover2.heads import NO_HEAD, find_head
 from vllm_clover2.tree.options import TreeOptions
+from vllm_clover2.tree.widths import widths_at_start
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -70,6 +71,8 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
         if not self.has_head:
             self._check_without_a_head()
         self.num_speculative_tokens = self.tree_options().num_nodes
+        if self.runs_on_v2 and self.num_speculative_tokens_per_batch_size is None:
+            self.num_speculative_tokens_per_batch_size = self._widths_at_start()
         # On Model Runner V1 the drafter needs the accepted path on the host.
         self.disable_padded_drafter_batch = not self.runs_on_v2
         # The stock constructor knows a closed set of methods. "eagle" (rather than
@@ -130,11 +133,7 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
         """
         from vllm.platforms import current_platform  # known once plugins are loaded
 
-        options = self.tree_options()
         parts = {
-            'adaptive trees of clover2 ("adaptive": true)': (
-                options.adaptive and not options.has_fixed_shape
-            ),
             "clover2 without CUDA": not current_platform.is_cuda(),
             "data parallelism with clover2": (
                 self.target_parallel_config.data_parallel_size > 1
@@ -148,6 +147,21 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
             ),
         }
         return [part for part, wanted in parts.items() if wanted]
+
+    @property
+    def adapts_on_v2(self) -> bool:
+        """Whether Model Runner V2 chooses how many nodes a step verifies.
+
+        Not where vLLM's ``num_speculative_tokens_per_batch_size`` was given for that.
+        """
+        table = self._widths_at_start()
+        return table is not None and table == self.num_speculative_tokens_per_batch_size
+
+    def scheduled_widths(self) -> set[int]:
+        """Nodes of a request that a step on Model Runner V2 may verify."""
+        table = self.num_speculative_tokens_per_batch_size or []
+        most = self.num_speculative_tokens
+        return {min(width, most) for *_, width in table} or {most}
 
     @property
     def has_head(self) -> bool:
@@ -168,6 +182,12 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
         return (
             f"Clover2SpeculativeConfig(model={self.model!r}, {self.tree_options()!r})"
         )
+
+    def _widths_at_start(self) -> list[tuple[int, int, int]] | None:
+        options = self.tree_options()
+        if options.has_fixed_shape or not options.adaptive:
+            return None
+        return widths_at_start(options.num_nodes)
 
     def _check_without_a_head(self) -> None:
         """The text must be drafted from, and nothing asked for that a head would do."""

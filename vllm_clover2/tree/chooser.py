@@ -28,7 +28,7 @@ _MARGIN = 0.01
 it is asked again, and predictions are noisy."""
 _PACE_MEMORY = 0.03
 """Share of the last step in the running average of what a second brings."""
-_FIRST_PROBE, _LAST_PROBE = 16, 256
+FIRST_PROBE, LAST_PROBE = 16, 256
 """Steps without the head after which it is asked on trial, doubling while it loses."""
 _PROBED = 4
 """Requests it is then asked for."""
@@ -50,7 +50,7 @@ class _HeadGain:
     rows: float = 4.0  # nodes worth verifying
     levels: float = 3.0  # grown for the whole batch
     nodes: float = 8.0  # asked about, a request
-    probe_after: int = _FIRST_PROBE
+    probe_after: int = FIRST_PROBE
     idle: int = 0  # steps since it was asked
 
     def learn(self, **observed: float) -> None:
@@ -166,7 +166,7 @@ class Chooser:
         if not self._asking:
             count = self._probe(gain, int((value > 0).sum()))
         else:
-            gain.probe_after, gain.idle = _FIRST_PROBE, 0
+            gain.probe_after, gain.idle = FIRST_PROBE, 0
         ask = np.zeros(len(requests), dtype=bool)
         ask[order[:count]] = True
         slopes = np.diff(times)
@@ -181,7 +181,7 @@ class Chooser:
             smaller = [s for s in self._gains if s < size]
             like = self._gains[max(smaller)] if smaller else _HeadGain()
             self._gains[size] = dataclasses.replace(
-                like, probe_after=_FIRST_PROBE, idle=0
+                like, probe_after=FIRST_PROBE, idle=0
             )
         return self._gains[size]
 
@@ -216,7 +216,7 @@ class Chooser:
         if gain.idle < gain.probe_after or not useful:
             return 0
         gain.idle = 0
-        gain.probe_after = min(2 * gain.probe_after, _LAST_PROBE)
+        gain.probe_after = min(2 * gain.probe_after, LAST_PROBE)
         return min(_PROBED, useful)
 
     # After growing

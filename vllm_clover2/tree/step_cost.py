@@ -95,6 +95,14 @@ class StepCost:
         """Predicted time of a step."""
         return max(float(self._vector(work) @ self._mean), 1e-6)
 
+    def milliseconds(self) -> dict[int, float]:
+        """Predicted times of steps that only pass rows, by their number."""
+        return {
+            rows: 1e3 * self.seconds(Work(rows, 0, 0))
+            for rows in (1, 2, 4, 8, 16, 26, 32, 61, 64, 128, 256)
+            if rows <= self.max_rows
+        }
+
     def table(self, work: Work, max_nodes: int) -> np.ndarray:
         """Seconds [n + 1] float64 of ``work`` with 0..n further rows, n <= max_nodes.
 

@@ -26,7 +26,7 @@ def install() -> None:
     _refuse_unsupported_engine_configs()
     _extend_command_line()
     _keep_to_model_runner_v1()
-    _export_metrics()
+    _hear_of_workers()
     _accept_sampling_parameters()
 
 
@@ -197,18 +197,19 @@ def _keep_to_model_runner_v1() -> None:
     VllmConfig._get_v2_model_runner_unsupported_features = unsupported_features
 
 
-def _export_metrics() -> None:
+def _hear_of_workers() -> None:
     """Patch ``Scheduler.update_from_output``, ``SpecDecodingLogging.observe``, and the
     class of ``PrometheusStatLogger`` for counters of speculation.
 
     vLLM has no way for figures of a plugin from a worker to ``/metrics``; module
-    ``stats`` tells why it is this one.
+    ``stats`` tells why it is this one. What a worker wants of the scheduler comes the
+    same way (``scheduling``).
     """
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.metrics.loggers import PrometheusStatLogger
     from vllm.v1.spec_decode.metrics import SpecDecodingLogging
 
-    from vllm_clover2.integration import metrics, stats
+    from vllm_clover2.integration import metrics, scheduling, stats
 
     stock_update = Scheduler.update_from_output
     stock_observe = SpecDecodingLogging.observe
@@ -219,6 +220,7 @@ def _export_metrics() -> None:
     ) -> Any:
         outputs = stock_update(self, scheduler_output, model_runner_output)
         stats.pass_on(model_runner_output, outputs.values(), self.num_spec_tokens)
+        scheduling.follow(self, model_runner_output)
         return outputs
 
     @functools.wraps(stock_observe)

@@ -88,6 +88,11 @@ _V2 = "vllm.v1.worker.gpu"
 EXPECTED_WORKER_V2 = {
     f"{_V2}.model_runner:init_speculator": "vllm_config device req_states",
     f"{_V2}.model_runner:init_model_state": "vllm_config model encoder_cache device",
+    f"{_V2}.model_runner:GPUModelRunner.sample_tokens": "self grammar_output",
+    f"{_V2}.model_runner:GPUModelRunner._dummy_run": (
+        "self num_tokens args skip_attn uniform_decode context_len skip_eplb "
+        "is_profile valid_dummy_state_slots randomize_inputs kwargs"
+    ),
     f"{_V2}.model_states.default:DefaultModelState.add_request": (
         "self req_index new_req_data"
     ),

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
@@ -21,8 +20,6 @@ from vllm_clover2.integration.v2.trees import DeviceTrees
 from vllm_clover2.tree.grower import TreeGrower
 from vllm_clover2.tree.growth import Draft
 from vllm_clover2.tree.types import GrownTrees
-
-logger = init_logger(f"vllm.{__name__}")
 
 
 class _Inputs(NamedTuple):
@@ -42,19 +39,16 @@ class _Inputs(NamedTuple):
 
 
 class DeviceDrafting:
-    """Grows trees for all requests of a batch, always as large as the options say."""
+    """Grows trees for all requests of a batch, as large as the options say.
+
+    Of those of a step the scheduler takes equally many nodes, see ``widths``.
+    """
 
     def __init__(
         self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState
     ) -> None:
         speculative = vllm_config.speculative_config
         self.options = speculative.tree_options()
-        if self.options.adaptive and not self.options.has_fixed_shape:
-            logger.info(
-                "clover2: trees have %d nodes in every step, whatever that costs: "
-                "adaptive trees need Model Runner V1",
-                self.options.num_nodes,
-            )
         self.trees = DeviceTrees(
             req_states.max_num_reqs,
             self.options.num_nodes,
@@ -115,15 +109,29 @@ class DeviceDrafting:
         self, head: Draft | None, size: BatchExecutionDescriptor
     ) -> Callable[[], tuple[GrownTrees, torch.Tensor]]:
         """What a graph does: grow and keep trees for the requests in the buffers."""
-        nobody = _Inputs(*(buffer[:0] for buffer in self._inputs))
-        self._inputs.fill(*nobody)
-        states, slots, num_sampled = (b[: size.num_reqs] for b in self._inputs)
+        states, slots, num_sampled = self._nobody(size.num_reqs or 0)
 
         def part() -> tuple[GrownTrees, torch.Tensor]:
             trees = self._grow(head, states, slots, num_sampled)
             return trees, self.trees.put(slots, trees)
 
         return part
+
+    def grow_for_nobody(
+        self, head: Draft | None, requests: int, graphs: DraftingGraphs
+    ) -> None:
+        """What growing trees for so many requests does, to be timed."""
+        nobody = self._nobody(requests)
+        size = graphs.size_for(requests)
+        if size is None:
+            self._grow(head, *nobody)
+        else:
+            graphs.replay(size)
+
+    def _nobody(self, requests: int) -> _Inputs:
+        """Inputs of a graph, in which all requests only pad the batch."""
+        self._inputs.fill(*(buffer[:0] for buffer in self._inputs))
+        return _Inputs(*(buffer[:requests] for buffer in self._inputs))
 
     def keep(
         self,
@@ -153,6 +161,11 @@ class DeviceDrafting:
         growth = self._grower.grow(head, states, context)
         self._context.remember(slots, growth.walk)
         return growth.trees
+
+    def no_tokens(self, batch: InputBatch) -> torch.Tensor:  # [R, nodes] int64
+        """In place of drafts where the scheduler plans to verify none."""
+        shape = batch.num_reqs, self.options.num_nodes
+        return batch.idx_mapping.new_zeros(shape)
 
     def dummy_draft(self, head: Draft | None, states: torch.Tensor) -> None:
         """Grow trees that nobody gets."""

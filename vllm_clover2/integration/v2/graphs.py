@@ -4,6 +4,7 @@
 Captured and replayed as vLLM's own speculators do it; the target's by vLLM itself.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,11 @@ class DraftingGraphs(CudaGraphManager):
     ) -> None:
         # There are no prompts in these batches, whatever those of the target hold.
         mode = CUDAGraphMode.FULL_DECODE_ONLY if target_mode else CUDAGraphMode.NONE
-        super().__init__(vllm_config, device, mode, decode_query_len=rows)
+        # With it, there would be sizes for all widths that the scheduler may choose.
+        plain = copy.copy(vllm_config)
+        plain.speculative_config = None
+        super().__init__(plain, device, mode, decode_query_len=rows)
+        self.vllm_config = vllm_config
         self._results: dict[BatchExecutionDescriptor, Any] = {}
 
     def capture_part(

@@ -6,7 +6,8 @@ verified tree as many rows are computed as its deepest path could have; those be
 accepted ones leave KV that the next step overwrites before it is read.
 
 Both halves are replayed as CUDA graphs: growing always, the draft's KV where all
-requests of the batch verified whole trees, so that they have equally many rows.
+requests of the batch verified equally many nodes, so that they have equally many rows.
+Where the scheduler wants no drafts only the draft's KV is written.
 """
 
 import copy
@@ -65,6 +66,11 @@ class ContextSpeculator(BaseSpeculator):
         self.drafting = DeviceDrafting(vllm_config, device, req_states)
         self.growth_graphs: DraftingGraphs
 
+    def parts_to_time(self, few: int, many: int) -> list[Callable[[], None]]:
+        """Growing trees for so many requests."""
+        grow = partial(self.drafting.grow_for_nobody, None, graphs=self.growth_graphs)
+        return [partial(grow, few), partial(grow, many)]
+
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         self.growth_graphs = DraftingGraphs(
             self._vllm_config, self._device, cudagraph_mode, rows=1
@@ -86,11 +92,14 @@ class ContextSpeculator(BaseSpeculator):
         num_sampled: torch.Tensor,  # [R] int32
         *_: Any,
         dummy_run: bool = False,
+        num_speculative_tokens: int | None = None,  # nodes that can be verified
         **__: Any,
     ) -> torch.Tensor:  # [R, nodes] int64
         nothing = last_hidden_states[: input_batch.num_reqs, :0]
         if dummy_run:
             return nothing.long()
+        if num_speculative_tokens == 0:
+            return self.drafting.no_tokens(input_batch)
         return self.drafting.draft(
             None, nothing, input_batch, num_sampled, self.growth_graphs
         )
@@ -110,7 +119,7 @@ class HeadSpeculator(DraftModelSpeculator):
     """Drafts with a head, for all requests of a batch at once."""
 
     growth_graphs: DraftingGraphs
-    augment_graphs: DraftingGraphs
+    augment_graphs: dict[int, DraftingGraphs]  # by rows of each request
 
     def __init__(
         self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState
@@ -149,14 +158,19 @@ class HeadSpeculator(DraftModelSpeculator):
         if support.value < AttentionCGSupport.UNIFORM_BATCH.value:
             logger.info_once("clover2: the draft's attention stays outside CUDA graphs")
             cudagraph_mode = CUDAGraphMode.NONE
-        self.augment_graphs = make(cudagraph_mode, rows=1 + self._max_depth)
+        widths = self.speculative_config.scheduled_widths()
+        self.augment_graphs = {
+            rows: make(cudagraph_mode, rows=rows)
+            for rows in sorted({1 + min(w, self._max_depth) for w in widths})
+        }
         largest = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
         self._hidden = torch.zeros(
             largest, self.hidden_size, dtype=self.dtype, device=self.device
         )
 
     def capture(self) -> None:
-        self.augment_graphs.capture_part(self._augment_part_for, "draft's KV")
+        for rows, graphs in self.augment_graphs.items():
+            graphs.capture_part(self._augment_part_for, f"draft's KV, {rows} rows")
         self.growth_graphs.capture_part(
             partial(self.drafting.part_for, self.model), "growing trees"
         )
@@ -172,25 +186,50 @@ class HeadSpeculator(DraftModelSpeculator):
         num_sampled: torch.Tensor,  # [R] int32
         *_: Any,
         dummy_run: bool = False,
+        num_speculative_tokens: int | None = None,  # nodes that can be verified
         **__: Any,
     ) -> torch.Tensor:  # [R, nodes] int64
         (hidden,) = aux_hidden_states
         if dummy_run:
             return self._dummy_propose(hidden, input_batch.num_reqs)
         states = self._augment(input_batch, hidden, num_sampled)
+        if num_speculative_tokens == 0:
+            return self.drafting.no_tokens(input_batch)
         return self.drafting.draft(
             self.model, states, input_batch, num_sampled, self.growth_graphs
         )
 
     def _dummy_propose(self, hidden: torch.Tensor, num_reqs: int) -> torch.Tensor:
         """Profile and warm up: one pass over all rows without KV, one growth."""
-        buffers, rows = self.input_buffers, len(hidden)
-        with set_forward_context(None, self.vllm_config, num_tokens=rows):
-            states = self.model(
-                buffers.input_ids[:rows], buffers.positions[:rows], hidden
-            )
+        states = self._pass_rows(hidden)
         self.drafting.dummy_draft(self.model, states[:num_reqs])
         return self.draft_tokens[:num_reqs]
+
+    def _pass_rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Run the augmenting block over rows of the buffers, without KV."""
+        rows = len(hidden)
+        with set_forward_context(None, self.vllm_config, num_tokens=rows):
+            states: torch.Tensor = self.model(
+                self.input_buffers.input_ids[:rows],
+                self.input_buffers.positions[:rows],
+                hidden,
+            )
+        return states
+
+    def parts_to_time(self, few: int, many: int) -> list[Callable[[], None]]:
+        """Growing trees for so many requests, augmenting so many rows."""
+        grow = partial(
+            self.drafting.grow_for_nobody, self.model, graphs=self.growth_graphs
+        )
+        hidden = torch.zeros(
+            many, self.hidden_size, dtype=self.dtype, device=self.device
+        )
+        return [
+            partial(grow, few),
+            partial(grow, many),
+            partial(self._pass_rows, hidden[:few]),
+            partial(self._pass_rows, hidden),
+        ]
 
     def _augment(
         self, batch: InputBatch, hidden: torch.Tensor, num_sampled: torch.Tensor
@@ -198,9 +237,11 @@ class HeadSpeculator(DraftModelSpeculator):
         """Write the draft's KV of the step's text, [R, hidden] "g" of its last rows."""
         text = self._text_rows(batch, num_sampled)
         requests, rows = batch.num_reqs, len(text.rows)
-        size = None
-        if (np.diff(text.starts) == 1 + self._max_depth).all():
-            size = self.augment_graphs.size_for(requests)
+        graphs, size = None, None
+        if (np.diff(text.starts) == text.starts[1]).all():
+            graphs = self.augment_graphs.get(int(text.starts[1]))
+        if graphs is not None:
+            size = graphs.size_for(requests)
         shape = size or BatchExecutionDescriptor(CUDAGraphMode.NONE, rows, requests)
         buffers = self.input_buffers
         slots = self.block_tables.compute_slot_mappings(
@@ -220,14 +261,14 @@ class HeadSpeculator(DraftModelSpeculator):
             step=0,
             slot_mappings=slots,
         )
-        if size is None:
+        if graphs is None or size is None:
             by_layer = build_slot_mappings_by_layer(slots, self.kv_cache_config)
             inputs = text.next_tokens, text.positions, hidden[text.rows]
             return self._run(metadata, by_layer, *inputs)[text.last]
         buffers.input_ids[:rows] = text.next_tokens
         self._hidden[:rows] = hidden[text.rows]
         self._last[:requests] = text.last
-        return self.augment_graphs.replay(size)[:requests]
+        return graphs.replay(size)[:requests]
 
     def _augment_part_for(
         self, size: BatchExecutionDescriptor

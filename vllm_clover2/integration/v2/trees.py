@@ -45,6 +45,10 @@ class DeviceTrees:
         numbers = torch.arange(rows[1], device=device)
         self._ancestors = (torch.ones_like(numbers) << numbers).repeat(rows[0], 1)
         self._sizes = torch.zeros(rows[0], dtype=torch.int32, device=device)
+        # Log-probabilities of the nodes' paths.
+        self.joint = torch.full(
+            (rows[0], num_nodes), -torch.inf, dtype=torch.float32, device=device
+        )
         # Rows that the last verification accepted, -1 padded.
         self.paths = torch.full(
             (num_slots, max_depth), -1, dtype=torch.int32, device=device
@@ -77,6 +81,7 @@ class DeviceTrees:
         self._depths[slots] = depths.view(requests, rows)
         self._ancestors[slots] = ancestors.view(requests, rows)
         self._sizes[slots] = trees.sizes
+        self.joint[slots] = trees.joint.masked_fill(padding, -torch.inf)
         return trees.tokens.masked_fill(padding, 0)
 
     def rows(
