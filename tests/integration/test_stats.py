@@ -21,6 +21,7 @@ from vllm_clover2.tree.options import TreeOptions
 OPTIONS = TreeOptions()
 DEPTH = OPTIONS.max_depth
 NODES = OPTIONS.num_nodes
+SCHEDULER: Any = SimpleNamespace(num_spec_tokens=NODES)
 LABELS = {"model_name": "tiny", "engine": "3"}
 
 
@@ -51,7 +52,7 @@ def sent(
     output = pickle.loads(pickle.dumps(output))
     step = EngineCoreOutputs(scheduler_stats=SchedulerStats())
     step.scheduler_stats.spec_decoding_stats = verified
-    stats.pass_on(output, [EngineCoreOutputs(), step], NODES)
+    stats.pass_on(SCHEDULER, output, [EngineCoreOutputs(), step])
     decoder = MsgpackDecoder(EngineCoreOutputs)
     return decoder.decode(
         MsgpackEncoder().encode(step)
@@ -144,6 +145,14 @@ def test_engines_of_other_methods_are_left_alone() -> None:
 def test_nothing_is_sent(output: Any, scheduler_stats: SchedulerStats | None) -> None:
     stats.attach(output, stats.WorkerStats(DEPTH))
     step = EngineCoreOutputs(scheduler_stats=scheduler_stats)
-    stats.pass_on(output, [step], NODES)
+    stats.pass_on(SCHEDULER, output, [step])
     assert step.scheduler_stats in (None, SchedulerStats())
     assert not vars(EMPTY_MODEL_RUNNER_OUTPUT).keys() - vars(ModelRunnerOutput([], {}))
+
+
+def test_a_scheduler_without_speculation_is_asked_for_nothing() -> None:
+    """Of other methods, or of none: vLLM's own tests make such out of few parts."""
+    output = ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0})
+    step = EngineCoreOutputs(scheduler_stats=SchedulerStats())
+    stats.pass_on(object(), output, [step])  # type: ignore[arg-type]
+    assert step.scheduler_stats == SchedulerStats()

@@ -19,6 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 _FIGURES = "clover2_figures"
@@ -81,7 +82,7 @@ def attach(output: Any, stats: WorkerStats) -> None:
 
 
 def pass_on(
-    model_runner_output: Any, outputs: Iterable[Any], num_spec_tokens: int
+    scheduler: Scheduler, model_runner_output: Any, outputs: Iterable[Any]
 ) -> None:
     """Move a step's figures to its ``SchedulerStats`` (in the engine core).
 
@@ -95,7 +96,7 @@ def pass_on(
         if (scheduler_stats := output.scheduler_stats) is not None:
             stats = scheduler_stats.spec_decoding_stats
             if stats is None:  # nothing was verified
-                stats = SpecDecodingStats.new(num_spec_tokens)
+                stats = SpecDecodingStats.new(scheduler.num_spec_tokens)
                 scheduler_stats.spec_decoding_stats = stats
             text = json.dumps([figures.counts, figures.values])
             stats.num_draft_tokens_per_pos = [_OURS, figures.depth, *text.encode()]

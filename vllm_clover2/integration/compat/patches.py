@@ -219,7 +219,7 @@ def _hear_of_workers() -> None:
         self: Any, scheduler_output: Any, model_runner_output: Any
     ) -> Any:
         outputs = stock_update(self, scheduler_output, model_runner_output)
-        stats.pass_on(model_runner_output, outputs.values(), self.num_spec_tokens)
+        stats.pass_on(self, model_runner_output, outputs.values())
         scheduling.follow(self, model_runner_output)
         return outputs
 
