@@ -47,7 +47,7 @@ def parse_args() -> argparse.Namespace:
         help="JSON lines with `messages` and, if wanted, `task`",
     )
     option("--concurrency", type=int, default=1, help="requests in flight")
-    option("--max-tokens", type=int, default=64, help="longest answer")
+    option("--max-tokens", type=int, default=48, help="longest answer")
     option("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     option(
         "--methods",
@@ -142,8 +142,8 @@ def run(args: argparse.Namespace, prompts: list[Prompt], progress: Progress) -> 
                 speed = engine.last_round.tokens_per_second
                 tell(method, f"{note}: {speed:.1f} tokens/s")
     finally:
-        for engine in engines.values():
-            engine.close()
+        with ThreadPoolExecutor() as side_by_side:
+            list(side_by_side.map(Engine.close, engines.values()))
     return rounds
 
 
