@@ -33,7 +33,8 @@ test: $(TARGET)/config.json .venv/package.done ## linters and all CPU tests
 	$(VENV_PYTHON) -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 quick: .venv/package.done ## tests that start no engine, in under a minute
-	$(VENV_PYTHON) -m pytest -m "not slow" tests/unit tests/ops tests/model $(ARGS)
+	$(VENV_PYTHON) -m pytest -m "not slow" $(SIDE_BY_SIDE) \
+	  tests/unit tests/ops tests/model $(ARGS)
 
 soak: .venv/package.done ## 5000 random requests against plain vLLM, a quarter of an hour
 	$(VENV_PYTHON) -m pytest -s --timeout 0 --requests 5000 tests/lossless/test_soak.py $(ARGS)

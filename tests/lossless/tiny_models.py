@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -85,12 +86,8 @@ def save_target(
     return folder
 
 
-def save_other_target(
-    folder: Path,
-    changes: dict[str, Any],  # of its config, ``model_type`` among them
-    embeddings: float = 1.0,  # factor, for those that are tied and scaled up
-) -> Path:
-    """Write a model of another architecture to ``folder``, without a tokenizer."""
+def other_config(changes: dict[str, Any]) -> PreTrainedConfig:
+    """Of a model of another architecture; ``changes`` have its ``model_type``."""
     shape = TinyModel()
     sizes = {
         "vocab_size": shape.vocab_size,
@@ -104,9 +101,17 @@ def save_other_target(
         "bos_token_id": BOS,
         "eos_token_id": EOS,
     }
+    return AutoConfig.for_model(**(sizes | changes))
+
+
+def save_other_target(
+    folder: Path,
+    changes: dict[str, Any],  # of its config, ``model_type`` among them
+    embeddings: float = 1.0,  # factor, for those that are tied and scaled up
+) -> Path:
+    """Write a model of another architecture to ``folder``, without a tokenizer."""
     torch.manual_seed(5)
-    config = AutoConfig.for_model(**(sizes | changes))
-    model = AutoModelForCausalLM.from_config(config).float()
+    model = AutoModelForCausalLM.from_config(other_config(changes)).float()
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(embeddings)
     model.save_pretrained(folder)

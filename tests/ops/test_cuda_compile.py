@@ -49,6 +49,7 @@ def test_kernels_compile_for_every_architecture(nvcc: str, tmp_path: Path) -> No
         list(pool.map(compile_one, reversed(sources)))
 
 
+@pytest.mark.slow
 def test_bindings_compile_against_the_stable_abi(nvcc: str, tmp_path: Path) -> None:
     run([
         nvcc, "-std=c++20", "-Xcompiler=-Wall,-Wextra,-Werror", TORCH_TARGET,

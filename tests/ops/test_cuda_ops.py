@@ -181,7 +181,9 @@ def test_attention_with_few_and_many_splits(gpu, multiprocessors, kernels):
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("rows", [1, 26, 64])
-@pytest.mark.parametrize("gpu", ["emulated"], indirect=True)
+@pytest.mark.parametrize(
+    "gpu", [pytest.param("emulated", marks=pytest.mark.slow)], indirect=True
+)
 def test_attention_in_the_shared_memory_of_consumer_gpus(gpu, dtype, dim, rows):
     """100 KiB a multiprocessor on sm_86, sm_89 and sm_120."""
     gpu.emulator.emulate_shared_bytes(100 << 10)

@@ -13,6 +13,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import families
 import pytest
 from huggingface_hub import ModelCard
 
@@ -65,6 +66,7 @@ def help_of(script: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [words for words in documented("python examples/") if "--" in " ".join(words)],
@@ -190,3 +192,8 @@ def test_speed_under_load_is_that_of_the_result_file() -> None:
         text = (REPO / document).read_text()
         for name, speedups in measured.items():
             assert f"| {name} | {' | '.join(speedups)} |" in text
+
+
+def test_families_of_targets_are_those_that_are_tested() -> None:
+    text = families.SUPPORT.read_text()
+    assert families.with_tables(text) == text, "run python tests/lossless/families.py"

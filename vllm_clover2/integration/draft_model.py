@@ -167,7 +167,7 @@ class Clover2DraftModel(nn.Module):
                 a quantised one.
 
         """
-        lm_head = getattr(target, "lm_head", None)
+        lm_head = _lm_head(target)
         if not isinstance(lm_head, VocabParallelEmbedding):
             raise ValueError(
                 f"clover2 shares the target's lm_head, a VocabParallelEmbedding; "
@@ -322,6 +322,15 @@ def serving_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
     layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
     dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
     return lambda x: layer.cpu_linear(x, layer.weight, layer.bias)
+
+
+def _lm_head(target: nn.Module) -> Any:
+    """The target's; its embeddings where they are tied and have no second name."""
+    lm_head = getattr(target, "lm_head", None)
+    config = getattr(target, "config", None)
+    if lm_head is None and getattr(config, "tie_word_embeddings", False):
+        return target.model.embed_tokens
+    return lm_head
 
 
 def draft_config(vllm_config: VllmConfig) -> Clover2Config:

@@ -78,6 +78,7 @@ def test_resuming_inside_an_epoch_gives_the_same_weights(
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.slow
 def test_a_run_in_several_pieces_of_time_gives_the_same_weights(
     tiny_config: TrainConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,6 +95,7 @@ def test_a_run_in_several_pieces_of_time_gives_the_same_weights(
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.slow
 def test_cached_hidden_states_change_nothing(tiny_config: TrainConfig) -> None:
     # bf16 both ways: the cache stores bf16.
     plain = changed(tiny_config, precision="bf16", output=tiny_config.output / "a")
@@ -306,6 +308,7 @@ def test_prompts_are_learned_but_not_validated(tiny_config: TrainConfig) -> None
     assert with_prompts.validate() == plain.validate()
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_head(tiny_config: TrainConfig, tmp_path: Path) -> None:
     config = changed(tiny_config, steps=60, draft_vocab_size=40)
     first = train(config)

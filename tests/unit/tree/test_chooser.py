@@ -72,6 +72,7 @@ def steps(count: int):
         yield base ** np.arange(1.0, 33.0)[None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("curve", ["steep as on a CPU", "flat, then steep"])
 def test_over_many_steps_it_is_as_fast_as_can_be(curve: str) -> None:
     """And faster than each step at its own best."""
