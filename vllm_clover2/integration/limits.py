@@ -45,8 +45,11 @@ def _method_limits(vllm_config: VllmConfig) -> list[str]:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     graphs = vllm_config.compilation_config.cudagraph_mode
     limits = {
-        "pipeline parallelism: earlier stages never learn which rows were accepted; "
-        "set pipeline_parallel_size=1": parallel.pipeline_parallel_size > 1,
+        "pipeline parallelism: on Model Runner V1 any speculation of vLLM fails on all "
+        "stages but the last, which alone has a drafter; on V2 the others never learn "
+        "trees and accepted rows; set pipeline_parallel_size=1": (
+            parallel.pipeline_parallel_size > 1
+        ),
         "context parallelism: it interleaves KV slots over ranks; set "
         "decode_context_parallel_size=1 and prefill_context_parallel_size=1": (
             parallel.decode_context_parallel_size > 1
@@ -99,7 +102,10 @@ def _runner_v2_limits(vllm_config: VllmConfig) -> list[str]:
     v1 = "unset VLLM_USE_V2_MODEL_RUNNER"
     limits = {
         f"Model Runner V2 without CUDA; {v1}": not current_platform.is_cuda(),
-        f"data parallelism on Model Runner V2; {v1}": parallel.data_parallel_size > 1,
+        f"data parallelism of targets with experts on Model Runner V2: their ranks run "
+        f"in step; {v1}": (
+            parallel.data_parallel_size > 1 and vllm_config.model_config.is_moe
+        ),
         f"a target with a sliding window on Model Runner V2: its head has none, and KV "
         f"in a group of its own, which has not been tried there; {v1}": (
             speculative.has_head

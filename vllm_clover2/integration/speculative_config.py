@@ -136,8 +136,10 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
                 options.adaptive and not options.has_fixed_shape
             ),
             "clover2 without CUDA": not current_platform.is_cuda(),
-            "data parallelism with clover2": (
+            # Ranks of other targets are engines of their own, each with size 1.
+            "data parallelism of targets with experts with clover2": (
                 self.target_parallel_config.data_parallel_size > 1
+                and self.target_model_config.is_moe
             ),
             "a head of clover2 beside sliding windows": (
                 self.has_head
