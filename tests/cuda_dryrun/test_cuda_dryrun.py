@@ -254,7 +254,7 @@ def test_refused_at_start(name: str, reason: str, starts: dict[str, Any]) -> Non
         ("chosen, whole trees", True),
         ("chosen, static", True),
         ("chosen, prompt embeddings", False),
-        ("chosen, data parallel", False),
+        ("chosen, data parallel", True),
         ("V1", False),
         ("V2", True),
         ("V2, full graphs", True),

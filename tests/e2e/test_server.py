@@ -56,20 +56,6 @@ def arguments(target: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Environment of the servers; yields a folder for their files."""
-    folder = tmp_path_factory.mktemp("server")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CLOVER2_HEADS", str(folder / "heads.json"))
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        patch.setenv("VLLM_LOGGING_LEVEL", "INFO")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        yield folder
-
-
-@pytest.fixture(scope="module")
 def url(environment: Path, target: Path, head: Path) -> Iterator[str]:
     """A server that was told no more than ``--speculative-model clover2``."""
     command = Path(sys.executable).with_name("vllm-clover2")
@@ -347,17 +333,31 @@ def test_the_dashboard_shows_what_is_exported(url: str) -> None:
     assert ours <= {end.sub("", name) for name in shown}
 
 
-def test_json_options(
+def test_json_options_and_tools(
     environment: Path, target: Path, head: Path, plain: Engine
 ) -> None:
     options = {"method": "clover2", "model": str(head), "tree": "static"}
     flags = ["--speculative-config", json.dumps(options)]
+    flags += ["--enable-auto-tool-choice", "--tool-call-parser", "pythonic"]
     log = environment / "json-options.log"
+    function = {"name": "register", "parameters": SCHEMA}
     with server([*arguments(target), *flags], log) as address:
         client = openai.OpenAI(base_url=address, api_key="none", timeout=120)
         answer = chat(client, QUESTIONS[4])
+        called = chat(
+            client,
+            QUESTIONS[4],
+            tools=[{"type": "function", "function": function}],
+            tool_choice={"type": "function", "function": {"name": "register"}},
+        )
     assert answer.choices[0].message.content == offline(plain, QUESTIONS[4])
     assert "tree='static'" in log.read_text()
+    (call,) = called.choices[0].message.tool_calls
+    assert call.function.name == "register"
+    grammar = StructuredOutputsParams(json=SCHEMA)
+    assert call.function.arguments == offline(
+        plain, QUESTIONS[4], structured_outputs=grammar
+    )
 
 
 def test_server_without_a_head_says_which_are_known(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import vllm
 from vllm import SamplingParams
+from vllm.config import ModelConfig
 from vllm.config.speculative import SpeculativeConfig
 from vllm.engine import arg_utils
 from vllm.engine.arg_utils import EngineArgs
@@ -157,3 +158,21 @@ def test_what_keeps_vllm_from_model_runner_v2(target: Path, head: Path) -> None:
     assert not config.speculative_config.runs_on_v2
     features = config._get_v2_model_runner_unsupported_features()
     assert features == ["clover2 without CUDA"]
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_data_parallel_ranks_take_the_model_runner_of_the_server(
+    target: Path, head: Path, experts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an engine core without experts vLLM sets the data-parallel size to 1."""
+    monkeypatch.setattr(ModelConfig, "is_moe", experts)
+    config = EngineArgs(
+        model=str(target),
+        speculative_config={"method": "clover2", "model": str(head)},
+        data_parallel_size=2,
+    ).create_engine_config()
+    at_the_server = config.speculative_config.missing_on_v2()
+    assert any("data parallelism" in part for part in at_the_server) == experts
+    if not experts:
+        config.parallel_config.reconfigure_for_independent_dp_rank()
+    assert config.speculative_config.missing_on_v2() == at_the_server

@@ -32,7 +32,7 @@ def test_a_usual_configuration_is_accepted(config: VllmConfig) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        ("pipeline_parallel_size", 2, "pipeline parallelism"),
+        ("pipeline_parallel_size", 2, "pipeline parallelism: .*any speculation"),
         ("decode_context_parallel_size", 2, "context parallelism"),
         ("prefill_context_parallel_size", 2, "context parallelism"),
         ("enable_dbo", True, "micro-batching"),
@@ -141,7 +141,6 @@ def test_graphs_of_whole_passes(
 @pytest.mark.parametrize(
     ("part", "name", "value", "reason"),
     [
-        ("parallel", "data_parallel_size", 2, "data parallelism with clover2 on Mod"),
         ("parallel", "enable_batch_sharded_sampling", True, "batch-sharded sampling"),
         ("model", "return_sampling_mask", True, "sampling masks on Model Runner V2"),
         ("speculative", "enable_adaptive_verification", True, "adaptive verification"),
@@ -211,3 +210,17 @@ def test_another_model_runner_than_was_configured_for(
     monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
     with pytest.raises(ValueError, match="\n- what makes vLLM itself take the other"):
         refuse_unsupported(config)
+
+
+def test_data_parallelism_on_model_runner_v2(
+    config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks of a target without experts are engines of their own."""
+    monkeypatch.setattr(config.parallel_config, "data_parallel_size", 2)
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
+    with pytest.raises(ValueError, match="Model Runner V2") as dense:
+        refuse_unsupported(config)
+    monkeypatch.setattr(ModelConfig, "is_moe", True)
+    with pytest.raises(ValueError, match="\n- data parallelism of targets with exp"):
+        refuse_unsupported(config)
+    assert "data parallelism" not in str(dense.value)

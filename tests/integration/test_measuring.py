@@ -53,7 +53,7 @@ def test_measuring_stops_at_passes_that_take_long(
     drafter.options, drafter.max_num_tokens = TreeOptions(), limit
     drafter.device = torch.device("cpu")
     group = SimpleNamespace(broadcast=lambda tensor: tensor)
-    monkeypatch.setattr(drafter_module, "get_tp_group", lambda: group)
+    monkeypatch.setattr(drafter_module, "get_world_group", lambda: group)
     cost = drafter.measure_cost(pass_rows)
     assert cost is not None
     assert max(passes) == largest

@@ -8,7 +8,7 @@ The plain run's tokens travel with the request, as ``SamplingParams.extra_args``
 """
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -210,10 +210,20 @@ class PlantedWorker:
         Planter(seed).install(setattr)
         self._planted_commits = CommitSpy()
         self._planted_commits.install(setattr)
+        self._planted_texts: defaultdict[str, list[int]] = defaultdict(list)
+        stock = Drafting.draft
 
-    def planted_commits(self) -> tuple[int, int]:
-        """Rows accepted, and rows moved."""
-        return self._planted_commits.accepted, self._planted_commits.moved
+        def draft(drafting: Drafting, step: FinishedStep) -> GrownTrees:
+            for request, emitted in zip(step.requests, step.emitted, strict=True):
+                self._planted_texts[request] += emitted
+            return stock(drafting, step)
+
+        Drafting.draft = draft
+
+    def planted_texts(self) -> tuple[int, int, list[list[int]]]:
+        """Rows accepted, rows moved, and the tokens of every request."""
+        spy = self._planted_commits
+        return spy.accepted, spy.moved, list(self._planted_texts.values())
 
 
 def padded_trees(

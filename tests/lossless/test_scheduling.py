@@ -8,6 +8,7 @@ import pytest
 from engine_fixtures import PREEMPTED, Baseline, PlantedRun, random_prompts
 from engines import Engine, Output, Request, assert_same
 from planting import CommitSpy, Planter, with_truth
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_clover2.integration.drafting import FinishedStep
@@ -74,25 +75,57 @@ def test_chunked_prefill_and_trees_in_one_batch(
     assert commits.moved > 50
 
 
+@pytest.fixture
+def preemptions(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Requests that had to give their blocks back during the test."""
+    preempted: list[object] = []
+    stock = Scheduler._preempt_request
+
+    def preempt(
+        scheduler: Scheduler, request: object, *args: object, **options: object
+    ) -> None:
+        preempted.append(request)
+        stock(scheduler, request, *args, **options)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", preempt)
+    return preempted
+
+
 @pytest.mark.parametrize("tree", [{}, {"tree": "chain"}], ids=["dynamic", "chain"])
 def test_preempted_requests_resume(
     tree: dict[str, str],
     clover2: Callable[..., Engine],
     run_planted: PlantedRun,
-    monkeypatch: pytest.MonkeyPatch,
+    preemptions: list[object],
 ) -> None:
     requests = [r.replaced(max_tokens=120) for r in random_prompts(12, seed=9)]
     engine = clover2(tree, **PREEMPTED)
-    preempted = []
-    stock = engine.scheduler._preempt_request
-
-    def preempt(request: object, *args: object, **options: object) -> None:
-        preempted.append(request)
-        stock(request, *args, **options)
-
-    monkeypatch.setattr(engine.scheduler, "_preempt_request", preempt)
     run_planted(engine, requests, seed=9, chain=tree.get("tree") == "chain")
-    assert len(preempted) > 5
+    assert len(preemptions) > 5
+
+
+def test_urgent_requests_take_the_place_of_others(
+    clover2: Callable[..., Engine],
+    baseline: Baseline,
+    plant: Callable[..., Planter],
+    preemptions: list[object],
+) -> None:
+    requests = [r.replaced(max_tokens=120) for r in random_prompts(12, seed=16)]
+    expected = baseline(requests)
+    engine = clover2(scheduling_policy="priority", **PREEMPTED)
+    plant(seed=16, hit_rate=0.2)
+    planted = with_truth(requests, expected)
+    ids = [engine.add(request, priority=1) for request in planted[:9]]
+    outputs: dict[str, Output] = {}
+    for _ in range(10):
+        outputs |= engine.step()
+    urgent = [engine.add(request, priority=0) for request in planted[9:]]
+    while engine.busy:
+        outputs |= engine.step()
+    assert_same(expected, [outputs[i] for i in ids + urgent], requests)
+    assert preemptions
+    last = list(outputs)[-len(urgent) :]
+    assert not set(last) & set(urgent)
 
 
 def keep_request_id(request: Any) -> None:

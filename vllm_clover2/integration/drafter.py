@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.distributed.parallel_state import get_tp_group
+from vllm.distributed.parallel_state import get_world_group
 from vllm.logger import init_logger
 
 from vllm_clover2.tree.options import TreeOptions
@@ -66,7 +66,7 @@ class Drafter:
             device=self.device,
         )
         *passes, once, per_row, per_level, per_node = (
-            get_tp_group().broadcast(measured).tolist()
+            get_world_group().broadcast(measured).tolist()
         )
         logger.info(
             "clover2: a pass takes %s",
@@ -92,7 +92,7 @@ class Drafter:
             rows.append(n)
             (seconds,) = median_seconds([functools.partial(pass_rows, n)], rounds=1)
             taken = torch.tensor([seconds], dtype=torch.float64, device=self.device)
-            if n >= MAX_ROWS and get_tp_group().broadcast(taken).item() > _LONG_PASS:
+            if n >= MAX_ROWS and get_world_group().broadcast(taken).item() > _LONG_PASS:
                 break
         return rows
 

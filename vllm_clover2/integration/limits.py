@@ -45,8 +45,11 @@ def _method_limits(vllm_config: VllmConfig) -> list[str]:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     graphs = vllm_config.compilation_config.cudagraph_mode
     limits = {
-        "pipeline parallelism: earlier stages never learn which rows were accepted; "
-        "set pipeline_parallel_size=1": parallel.pipeline_parallel_size > 1,
+        "pipeline parallelism: on Model Runner V1 any speculation of vLLM fails on all "
+        "stages but the last, which alone has a drafter; on V2 the others never learn "
+        "trees and accepted rows; set pipeline_parallel_size=1": (
+            parallel.pipeline_parallel_size > 1
+        ),
         "context parallelism: it interleaves KV slots over ranks; set "
         "decode_context_parallel_size=1 and prefill_context_parallel_size=1": (
             parallel.decode_context_parallel_size > 1

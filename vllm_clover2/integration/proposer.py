@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the draft: the augmenting block over committed rows, then tree growth."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
+from vllm.v1.worker.dp_utils import skip_dp_coordination
 
 from vllm_clover2.integration.backlog import CommittedRows
 from vllm_clover2.integration.drafter import COMMITTED_ROWS, Drafter
@@ -64,17 +66,32 @@ class Clover2Proposer(Drafter, EagleProposer):
         self, num_rows: int, slot_mappings: dict[str, torch.Tensor] | None = None
     ) -> torch.Tensor:
         """Run the augmenting block over so many rows of the buffers, without KV."""
-        with set_forward_context(
-            None,
-            self.vllm_config,
-            num_tokens=num_rows,
-            slot_mapping=slot_mappings or {},
-        ):
+        with self._forward_context(None, num_rows, slot_mappings or {}):
             return self.model(
                 self.input_ids[:num_rows],
                 self.positions[:num_rows],
                 self.hidden_states[:num_rows],
             )
+
+    @contextlib.contextmanager
+    def _forward_context(
+        self,
+        attention: dict[str, Any] | None,  # metadata by layer; None: without KV
+        num_rows: int,
+        slots: dict[str, torch.Tensor],  # by layer
+    ) -> Iterator[None]:
+        """vLLM's, for a pass that other data-parallel ranks do not take part in.
+
+        With a target that has experts every pass is agreed on by all ranks. A head has
+        none, and ranks without requests do not draft.
+        """
+        with (
+            skip_dp_coordination(),
+            set_forward_context(
+                attention, self.vllm_config, num_tokens=num_rows, slot_mapping=slots
+            ),
+        ):
+            yield
 
     def augment(
         self,
@@ -108,12 +125,8 @@ class Clover2Proposer(Drafter, EagleProposer):
             for name in group.layer_names
         }
         slots = metadata[0][1].slot_mapping
-        with set_forward_context(
-            layers,
-            self.vllm_config,
-            num_tokens=len(rows.positions),
-            slot_mapping=dict.fromkeys(self._draft_attn_layer_names, slots),
-        ):
+        of_layers = dict.fromkeys(self._draft_attn_layer_names, slots)
+        with self._forward_context(layers, len(rows.positions), of_layers):
             return self.model(
                 self._to_device(rows.next_tokens),
                 self._to_device(rows.positions),

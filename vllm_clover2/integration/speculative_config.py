@@ -135,8 +135,10 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
 
         parts = {
             "clover2 without CUDA": not current_platform.is_cuda(),
-            "data parallelism with clover2": (
+            # Ranks of other targets are engines of their own, each with size 1.
+            "data parallelism of targets with experts with clover2": (
                 self.target_parallel_config.data_parallel_size > 1
+                and self.target_model_config.is_moe
             ),
             "a head of clover2 beside sliding windows": (
                 self.has_head
