@@ -133,7 +133,9 @@ def test_graphs_of_whole_passes(
     else:
         refuse_unsupported(config)
     monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
-    with pytest.raises(ValueError, match="- Model Runner V2 without CUDA") as error:
+    with pytest.raises(
+        ValueError, match="- clover2 without CUDA on Model Runner V2"
+    ) as error:
         refuse_unsupported(config)
     assert "CUDA graphs" not in str(error.value)
 

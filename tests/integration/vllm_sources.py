@@ -34,7 +34,9 @@ class Function:
     @property
     def parameters(self) -> str:
         a = self.node.args
-        return " ".join(p.arg for p in (*a.posonlyargs, *a.args, *a.kwonlyargs))
+        several = [[p] if p else [] for p in (a.vararg, a.kwarg)]
+        found = [*a.posonlyargs, *a.args, *several[0], *a.kwonlyargs, *several[1]]
+        return " ".join(p.arg for p in found)
 
 
 @dataclass(frozen=True)

@@ -268,6 +268,7 @@ class HeadSpeculator(DraftModelSpeculator):
         buffers.input_ids[:rows] = text.next_tokens
         self._hidden[:rows] = hidden[text.rows]
         self._last[:requests] = text.last
+        self._last[requests:] = 0  # the row is there, however few rows a graph has
         return graphs.replay(size)[:requests]
 
     def _augment_part_for(
