@@ -38,7 +38,6 @@ STARTS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "chosen, static": ({}, {"tree": "static", "model": "head"}, False),
     "chosen, no head": ({}, {"model": "none"}, False),
     "chosen, prompt embeddings": ({"enable_prompt_embeds": True}, {}, False),
-    "chosen, data parallel": ({"data_parallel_size": 2}, {}, False),
     "V1": ({}, {}, False),
     "V2": ({}, {}, False),
     "V2, full graphs": (FULL_GRAPHS, {}, False),

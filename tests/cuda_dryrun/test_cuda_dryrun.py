@@ -97,7 +97,7 @@ WHOLE = {
     "V2, graphs, planted, chain": {6},
     "V2, graphs, planted, by batch size": {1, 9, 26},
     "V2, graphs, planted, piecewise": set(),
-} | dict.fromkeys(ADAPTIVE, {1, 3, 9, 26})
+} | dict.fromkeys(ADAPTIVE, {9, 26})  # what vLLM captures for 32 requests
 WITH_GRAPHS = [name for name, scenario in SCENARIOS.items() if scenario.graphs]
 
 
@@ -156,8 +156,9 @@ def test_nodes_by_batch_size(results: dict[str, Any]) -> None:
     """The scheduler cuts trees; those of 8 nodes have graphs too."""
     result = results["V2, graphs, planted, by batch size"]
     assert {width for widths in result["widths"] for width in widths} >= {25, 8}
-    for part in PARTS:
-        assert max(batch for batch, _ in result[part]) == 8
+    growth, augment = ({batch for batch, _ in result[part]} for part in PARTS)
+    assert max(growth) == 8  # of twelve requests nothing is verified
+    assert max(augment) == 12
 
 
 @pytest.mark.parametrize("kind", ["own drafts", "planted"])
@@ -254,7 +255,6 @@ def test_refused_at_start(name: str, reason: str, starts: dict[str, Any]) -> Non
         ("chosen, whole trees", True),
         ("chosen, static", True),
         ("chosen, prompt embeddings", False),
-        ("chosen, data parallel", True),
         ("V1", False),
         ("V2", True),
         ("V2, full graphs", True),
