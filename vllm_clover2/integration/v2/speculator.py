@@ -66,7 +66,7 @@ class ContextSpeculator(BaseSpeculator):
         self.drafting = DeviceDrafting(vllm_config, device, req_states)
         self.growth_graphs: DraftingGraphs
 
-    def parts_to_time(self, few: int, many: int) -> list[Callable[[], None]]:
+    def parts_to_time(self, few: int, many: int) -> list[Callable[[], Any]]:
         """Growing trees for so many requests."""
         grow = partial(self.drafting.grow_for_nobody, None, graphs=self.growth_graphs)
         return [partial(grow, few), partial(grow, many)]
@@ -216,7 +216,7 @@ class HeadSpeculator(DraftModelSpeculator):
             )
         return states
 
-    def parts_to_time(self, few: int, many: int) -> list[Callable[[], None]]:
+    def parts_to_time(self, few: int, many: int) -> list[Callable[[], Any]]:
         """Growing trees for so many requests, augmenting so many rows."""
         grow = partial(
             self.drafting.grow_for_nobody, self.model, graphs=self.growth_graphs
