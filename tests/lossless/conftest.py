@@ -2,6 +2,7 @@
 """Tests that text and samples are those of vLLM without speculation."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,15 @@ from engine_fixtures import (  # noqa: E402, F401
     run_planted,
     target,
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _end_quickly() -> Iterator[None]:
+    """When a process ends vLLM collects garbage for each of its engines: minutes."""
+    yield
+    from vllm.v1.engine import core
+
+    core.cleanup_dist_env_and_memory = lambda: None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
