@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.progress import TimeElapsedColumn as Elapsed
 
+from vllm_clover2.bench.backend import WARM_UP_TOKENS
 from vllm_clover2.bench.config import SHIPPED_PROMPTS
 from vllm_clover2.bench.engine import Engine
 from vllm_clover2.bench.prompts import Prompt, read_prompts, render
@@ -30,7 +31,6 @@ from vllm_clover2.records import provenance
 HERE = Path(__file__).parent
 KV_CACHE_BYTES = 1 << 30  # of each engine; about 22,000 tokens of SmolLM2 in float32
 MAX_MODEL_LEN = 2048
-WARM_UP_TOKENS = 16
 
 
 def parse_args() -> argparse.Namespace:

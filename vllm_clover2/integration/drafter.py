@@ -18,6 +18,8 @@ from vllm_clover2.tree.types import MAX_ROWS
 
 COMMITTED_ROWS = 3
 """A step commits its root and the accepted nodes: two or three rows."""
+MEASURED_REQUESTS = 8
+"""Of which one more costs what the last one did."""
 _MEASURED_ROWS = tuple(2**n for n in range(11))
 _LONG_PASS = 0.1
 """Seconds. Starting must not take long; further rows cost what the last ones did."""

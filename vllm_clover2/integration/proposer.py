@@ -17,10 +17,8 @@ from vllm.v1.spec_decode.eagle import EagleProposer
 from vllm.v1.worker.dp_utils import skip_dp_coordination
 
 from vllm_clover2.integration.backlog import CommittedRows
-from vllm_clover2.integration.drafter import COMMITTED_ROWS, Drafter
+from vllm_clover2.integration.drafter import COMMITTED_ROWS, MEASURED_REQUESTS, Drafter
 from vllm_clover2.tree.grower import TreeGrower
-
-_MEASURED_REQUESTS = 8
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -157,7 +155,7 @@ class Clover2Proposer(Drafter, EagleProposer):
 
     def _measured_states(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states of one request and of several, to measure with."""
-        return self.hidden_states[:1], self.hidden_states[:_MEASURED_REQUESTS]
+        return self.hidden_states[:1], self.hidden_states[:MEASURED_REQUESTS]
 
     def named_parts(self) -> dict[str, Callable[[], Any]]:
         """A dynamic tree grows to its full depth, which is the most it can take."""

@@ -15,7 +15,7 @@ remembered from when it last was; while it is not asked it is probed now and the
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -42,6 +42,27 @@ _TRUST_PRIOR = 2.0
 
 
 @dataclass
+class Probes:
+    """When what does not pay is tried again."""
+
+    _after: int = FIRST_PROBE
+    _idle: int = 0  # steps without it
+
+    def reset(self) -> None:
+        """It pays."""
+        self._after, self._idle = FIRST_PROBE, 0
+
+    def due(self, possible: bool = True) -> bool:
+        """Whether to try it in one more step in which it does not pay."""
+        self._idle += 1
+        if self._idle < self._after or not possible:
+            return False
+        self._idle = 0
+        self._after = min(2 * self._after, LAST_PROBE)
+        return True
+
+
+@dataclass
 class _HeadGain:
     """What asking the head brings, by unit of open probability, at some load."""
 
@@ -50,8 +71,7 @@ class _HeadGain:
     rows: float = 4.0  # nodes worth verifying
     levels: float = 3.0  # grown for the whole batch
     nodes: float = 8.0  # asked about, a request
-    probe_after: int = FIRST_PROBE
-    idle: int = 0  # steps since it was asked
+    probes: Probes = field(default_factory=Probes)
 
     def learn(self, **observed: float) -> None:
         """Move the named averages toward what was seen."""
@@ -164,9 +184,10 @@ class Chooser:
         margin = -_MARGIN if self._asking else _MARGIN
         self._asking = count > 0 and more > margin * rate * times[nodes]
         if not self._asking:
-            count = self._probe(gain, int((value > 0).sum()))
+            useful = int((value > 0).sum())
+            count = min(_PROBED, useful) if gain.probes.due(useful > 0) else 0
         else:
-            gain.probe_after, gain.idle = FIRST_PROBE, 0
+            gain.probes.reset()
         ask = np.zeros(len(requests), dtype=bool)
         ask[order[:count]] = True
         slopes = np.diff(times)
@@ -180,9 +201,7 @@ class Chooser:
         if size not in self._gains:
             smaller = [s for s in self._gains if s < size]
             like = self._gains[max(smaller)] if smaller else _HeadGain()
-            self._gains[size] = dataclasses.replace(
-                like, probe_after=FIRST_PROBE, idle=0
-            )
+            self._gains[size] = dataclasses.replace(like, probes=Probes())
         return self._gains[size]
 
     def _best_count(
@@ -209,15 +228,6 @@ class Chooser:
         more = mass * gain.tokens - rate * (passes - times[nodes] + draft)
         best = int(more.argmax())
         return best + 1, float(more[best])
-
-    def _probe(self, gain: _HeadGain, useful: int) -> int:
-        """Of how many requests to ask for on trial; mostly none."""
-        gain.idle += 1
-        if gain.idle < gain.probe_after or not useful:
-            return 0
-        gain.idle = 0
-        gain.probe_after = min(2 * gain.probe_after, LAST_PROBE)
-        return min(_PROBED, useful)
 
     # After growing
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_clover2.tree.chooser import FIRST_PROBE, LAST_PROBE, Chooser
+from vllm_clover2.tree.chooser import FIRST_PROBE, Chooser, Probes
 from vllm_clover2.tree.step_cost import StepCost, Work
 
 _SHARE = 3
@@ -64,9 +64,9 @@ class Verified:
     seconds: float
     accepted: int  # of all drafts
     # The trees that it drafted below: how many, and the sum [nodes] of their nodes'
-    # joint probabilities. None: it drafted nothing.
+    # joint probabilities, which count for nothing where there are no trees.
     trees: int
-    joint: np.ndarray | None
+    joint: np.ndarray
 
 
 class WidthChooser:
@@ -89,7 +89,7 @@ class WidthChooser:
         # Of a verified draft, on average.
         self._expected = self._accepted = 1.0
         self._unverified = 0  # steps since there was one
-        self._probe_after, self._idle = FIRST_PROBE, 0
+        self._probes = Probes()
 
     @property
     def trust(self) -> float:
@@ -114,7 +114,7 @@ class WidthChooser:
             self._unverified = 0
         self._last = None
         self._unseen += 1
-        if step.trees and step.joint is not None:
+        if step.trees:
             self._last = step.joint / step.trees
             self._joint += _weight(self._unseen) * (self._last - self._joint)
             self._unseen = 0
@@ -132,8 +132,9 @@ class WidthChooser:
         net = expected - self._chooser.rate(plain) * np.maximum.accumulate(times)
         best = int(self._widths[net.argmax()])
         if best == 0:
-            return self._probe()
-        self._probe_after, self._idle = FIRST_PROBE, 0
+            # Now and then a little, to see whether it would pay again.
+            return int(self._widths[1]) if self._probes.due() else 0
+        self._probes.reset()
         return best
 
     def work(self, plain: Work, width: int) -> Work:
@@ -147,15 +148,6 @@ class WidthChooser:
             levels=int(width > 0),
             grown=requests * int(width > 0),
         )
-
-    def _probe(self) -> int:
-        """Nothing, but now and then a little, to see whether it would pay again."""
-        self._idle += 1
-        if self._idle < self._probe_after:
-            return 0
-        self._idle = 0
-        self._probe_after = min(2 * self._probe_after, LAST_PROBE)
-        return int(self._widths[1])
 
 
 def _weight(steps: int) -> float:

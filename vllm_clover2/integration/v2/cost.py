@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 
-from vllm_clover2.integration.drafter import COMMITTED_ROWS, Drafter
+from vllm_clover2.integration.drafter import COMMITTED_ROWS, MEASURED_REQUESTS, Drafter
 from vllm_clover2.integration.v2.speculator import ContextSpeculator, HeadSpeculator
-
-_MEASURED_REQUESTS = 8
 
 
 class DeviceDrafter(Drafter):
@@ -30,7 +28,7 @@ class DeviceDrafter(Drafter):
         scheduler = vllm_config.scheduler_config
         self.max_num_tokens = scheduler.max_num_batched_tokens
         self._speculator = speculator
-        self._many = min(_MEASURED_REQUESTS, scheduler.max_num_seqs)
+        self._many = min(MEASURED_REQUESTS, scheduler.max_num_seqs)
 
     def cost_parts(self) -> list[Callable[[], Any]]:
         return self._speculator.parts_to_time(1, self._many)
