@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the CUDA ops, checks them against their references and times them.
+"""Everything that a machine with a GPU can show: ops, engines, times.
 
-For any machine with an NVIDIA GPU, torch, nvcc and a checkout; nothing has to be
-installed:
+    python kernels/cuda/check.py --output report.json
 
-    python kernels/cuda/check.py --output results.json
+Builds the CUDA ops and checks them against their references: for that it needs torch,
+nvcc and a checkout. Where vLLM and this package are installed, a tiny engine on Model
+Runner V2 is compared with vLLM alone. Then the ops are timed, and xformers' tree
+attention beside ours where it is installed.
 
-Ends with status 1 if an op is wrong. xformers' tree attention is timed beside ours when
-it is installed.
+Ends with status 1 if anything is wrong. The report can go with an issue as it is.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from random_cases import (
     context_case,
 )
 from timing import Timing, time_all
+from tiny_engine import check_engines, why_not
 
 KERNELS = Path(__file__).resolve().parents[1]
 REPO = KERNELS.parent
@@ -92,6 +94,7 @@ def load_ops(library: Path) -> types.ModuleType:
     from vllm_clover2 import ops
     from vllm_clover2.ops import reference
 
+    del os.environ["CLOVER2_OPS"]  # engines load what is installed
     torch.ops.load_library(library)
     if ops.backend("cuda") != "native":
         raise SystemExit("the built library registers no kernels for CUDA")
@@ -263,16 +266,36 @@ def print_timings(copy: float, timings: list[Timing]) -> None:
         print(f"{line} {one.note}".rstrip())
 
 
-def main() -> int:
-    """Builds, checks, times, reports."""
+def report_checks(checks: list[dict[str, object]], what: str) -> None:
+    """What is wrong, and how much is right."""
+    wrong = [check for check in checks if not check["ok"]]
+    for check in wrong:
+        print("WRONG", {name: part for name, part in check.items() if name != "logs"})
+    print(f"{len(checks) - len(wrong)} of {len(checks)} {what} are right")
+
+
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, help="write everything here as JSON")
     parser.add_argument("--no-timing", action="store_true", help="only check")
     parser.add_argument("--quick", action="store_true", help="time fewer sizes")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Builds, checks, times; the report is written anew after each part."""
+    options = parse_options(arguments)
     if not torch.cuda.is_available():
         raise SystemExit("needs an NVIDIA GPU that torch can use; found none")
     torch.manual_seed(SEED)
+    report = provenance()
+
+    def add(**parts: object) -> None:
+        report.update(parts)
+        if options.output is not None:
+            options.output.write_text(json.dumps(report, indent=1) + "\n")
+
     with tempfile.TemporaryDirectory() as folder:
         reference = load_ops(build(Path(folder)))
     checks = [
@@ -281,19 +304,25 @@ def main() -> int:
         *check_commit(reference),
         *check_context(reference),
     ]
-    wrong = [check for check in checks if not check["ok"]]
-    for check in wrong:
-        print("WRONG", check)
-    print(f"{len(checks) - len(wrong)} of {len(checks)} checks are right")
-    report: dict[str, object] = {**provenance(), "checks": checks}
+    report_checks(checks, "checks of ops")
+    add(checks=checks)
+    if (reason := why_not()) is not None:
+        print(f"no engine was tried: {reason}")
+        add(engines=reason)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            engines = check_engines(Path(folder))
+        report_checks(engines, "engines")
+        add(engines=engines)
+        checks += engines
     if not options.no_timing:
         copy, timings = time_all(options.quick)
         print_timings(copy, timings)
-        report["copy_gigabytes_per_second"] = copy
-        report["timings"] = [asdict(timing) for timing in timings]
-    if options.output is not None:
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
-    return 1 if wrong else 0
+        add(
+            copy_gigabytes_per_second=copy,
+            timings=[asdict(timing) for timing in timings],
+        )
+    return 0 if all(check["ok"] for check in checks) else 1
 
 
 if __name__ == "__main__":

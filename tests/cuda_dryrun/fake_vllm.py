@@ -61,7 +61,7 @@ def install(folder: Path) -> None:
     sys.path.insert(0, str(folder))
     fake_gpu.install()
     _register_operators_for_the_cpu()
-    _register_emulated_kernels()
+    register_emulated_kernels()
     for name in ("_C_stable_libtorch", "vllm_flash_attn._vllm_fa3_C"):
         sys.modules[f"vllm.{name}"] = ModuleType(f"vllm.{name}")
     _fake_nvml()
@@ -94,7 +94,7 @@ def _register_operators_for_the_cpu() -> None:
     torch.library.Library.impl = impl
 
 
-def _register_emulated_kernels() -> None:
+def register_emulated_kernels() -> None:
     """Our CUDA kernels; the mode sends them what is on the fake GPU."""
     import emulated_kernels
 

@@ -5,17 +5,22 @@ Downloaded once (330 MB each, of which 45 MB of Python are kept) to ``build/``.
 """
 
 import functools
+import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
 
-REPO = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+REPO = HERE.parents[1]
+_PATHS = (REPO, HERE, REPO / "tests/ops/emulated_cuda", REPO / "tests/lossless")
 RELEASES = ("0.32.0", "0.33.0")
 
 
@@ -28,6 +33,17 @@ def unpacked(release: str) -> Path:
     if problem is not None:
         pytest.skip(f"no wheel of vllm {release}: {problem}")
     return _folder(release)
+
+
+def run(program: str, release: str, work: Path) -> dict[str, Any]:
+    """What ``program`` found out in a process of its own."""
+    command = [sys.executable, str(HERE / program), str(unpacked(release)), str(work)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, _PATHS))}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return json.loads((work / "results.json").read_text())
 
 
 def _folder(release: str) -> Path:

@@ -5,35 +5,16 @@ Without a GPU: see ``fake_gpu``. What it does not show is in docs/serving.md.
 """
 
 import itertools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 from scenarios import SCENARIOS
-from stock_vllm import RELEASES, unpacked
+from stock_vllm import RELEASES, run
 
 from vllm_clover2.tree.widths import widths_at_start
 
-HERE = Path(__file__).parent
-REPO = HERE.parents[1]
-PATHS = (REPO, HERE, REPO / "tests/ops/emulated_cuda", REPO / "tests/lossless")
 # The first test of a release runs all its scenarios.
 pytestmark = pytest.mark.timeout(1800)
-
-
-def run(program: str, release: str, work: Path) -> dict[str, Any]:
-    """What ``program`` found out in a process of its own."""
-    command = [sys.executable, str(HERE / program), str(unpacked(release)), str(work)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, PATHS))}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return json.loads((work / "results.json").read_text())
 
 
 @pytest.fixture(scope="module", params=RELEASES)

@@ -61,7 +61,8 @@ class Engine:
         RuntimeError: the process stopped; the message has the end of its log.
     """
 
-    program: ClassVar[list[str]] = ["-m", "vllm_clover2.bench.engine"]
+    # -P: the installed package, also where the current folder is a checkout.
+    program: ClassVar[list[str]] = ["-P", "-m", "vllm_clover2.bench.engine"]
     last_round: Round
     dtype: str  # that the target computes in, "float32" for example
 

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program of ``bench.engine`` on the fake GPU, with CUDA graphs.
+
+python fake_engine.py FOLDER_OF_VLLM ARGUMENTS
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import fake_gpu
+import fake_vllm
+import torch
+
+
+def main(vllm_folder: str, arguments: str) -> None:
+    fake_vllm.install(Path(vllm_folder))
+    from vllm_clover2.bench import engine
+    from vllm_clover2.ops import reference
+
+    # The emulated kernel would take minutes; other tests run it.
+    attention = torch.ops.clover2.tree_attention.default
+    fake_gpu.kernels[attention] = reference.tree_attention
+    engine._serve(fake_vllm.ENGINE | fake_vllm.GRAPHS | json.loads(arguments))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
