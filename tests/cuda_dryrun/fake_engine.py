@@ -12,6 +12,8 @@ import fake_gpu
 import fake_vllm
 import torch
 
+SIZES = [1, 2, 26, 52]  # rows of one and two requests, without and with trees
+
 
 def main(vllm_folder: str, arguments: str) -> None:
     fake_vllm.install(Path(vllm_folder))
@@ -21,7 +23,8 @@ def main(vllm_folder: str, arguments: str) -> None:
     # The emulated kernel would take minutes; other tests run it.
     attention = torch.ops.clover2.tree_attention.default
     fake_gpu.kernels[attention] = reference.tree_attention
-    engine._serve(fake_vllm.ENGINE | fake_vllm.GRAPHS | json.loads(arguments))
+    graphs = fake_vllm.GRAPHS | fake_vllm.graphs_of("FULL_AND_PIECEWISE", *SIZES)
+    engine._serve(fake_vllm.ENGINE | graphs | json.loads(arguments))
 
 
 if __name__ == "__main__":

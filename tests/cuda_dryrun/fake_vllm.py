@@ -54,6 +54,14 @@ GRAPHS = {
 }
 
 
+def graphs_of(mode: str, *sizes: int) -> dict[str, Any]:
+    """Options of an engine with other CUDA graphs than most here."""
+    options = GRAPHS["compilation_config"] | {"cudagraph_mode": mode}
+    if sizes:
+        options["cudagraph_capture_sizes"] = list(sizes)
+    return {"compilation_config": options}
+
+
 def install(folder: Path) -> None:
     """Make ``import vllm`` give the CUDA build in ``folder``, on a fake GPU."""
     # vLLM remembers there what it found out about models, whatever its release.

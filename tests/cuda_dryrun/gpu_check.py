@@ -32,6 +32,7 @@ def main(vllm_folder: str, work: Path) -> int:
     lossless._STREAMS = 2
     lines = SHIPPED_PROMPTS.read_text().splitlines(keepends=True)
     (work / "prompts.jsonl").write_text("".join(lines[:2]))
+    tiny_engine.DTYPES = ("bfloat16",)  # others are run in float32
     tiny_engine.SETTINGS |= FEW | {"prompts": work / "prompts.jsonl"}
     fake_gpu.install()
     fake_vllm.register_emulated_kernels()

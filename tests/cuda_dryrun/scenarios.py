@@ -60,21 +60,15 @@ class Scenario:
         return params
 
 
-def graphs_of(mode: str, *sizes: int) -> dict[str, Any]:
-    """Options of an engine with other CUDA graphs than most here."""
-    options = fake_vllm.GRAPHS["compilation_config"] | {"cudagraph_mode": mode}
-    if sizes:
-        options["cudagraph_capture_sizes"] = list(sizes)
-    return {"compilation_config": options}
-
-
 SCENARIOS = {
-    "own drafts": Scenario(TREES, planted=False),
+    "own drafts": Scenario(TREES, planted=False, tokens=16),
     "own drafts, adaptive": Scenario({}, planted=False),
-    "own drafts, penalties": Scenario(TREES, PENALTIES, planted=False),
-    "own drafts, chain": Scenario({"tree": "chain"}, planted=False),
+    "own drafts, penalties": Scenario(TREES, PENALTIES, planted=False, tokens=16),
+    "own drafts, chain": Scenario({"tree": "chain"}, planted=False, tokens=16),
     "planted": Scenario(TREES),
-    "own drafts, no head": Scenario(TREES | {"model": "none"}, planted=False),
+    "own drafts, no head": Scenario(
+        TREES | {"model": "none"}, planted=False, tokens=16
+    ),
     "planted, no head": Scenario(TREES | {"model": "none"}),
     "planted, static": Scenario({"tree": "static"}),
     "planted, chain": Scenario(CHAINS),
@@ -85,17 +79,19 @@ SCENARIOS = {
     "CUDA kernels": Scenario(TREES, requests=3, tokens=10, emulated=True),
 }
 OF_RUNNER_V2 = {
-    "own drafts": Scenario(TREES, planted=False),
-    "own drafts, penalties": Scenario(TREES, PENALTIES, planted=False),
-    "own drafts, chain": Scenario(CHAINS, planted=False),
+    "own drafts": Scenario(TREES, planted=False, tokens=16),
+    "own drafts, penalties": Scenario(TREES, PENALTIES, planted=False, tokens=16),
+    "own drafts, chain": Scenario(CHAINS, planted=False, tokens=16),
     "planted, synchronous": Scenario(
         TREES, SEEDED, options={"async_scheduling": False}
     ),
     "CUDA kernels": Scenario(TREES, requests=3, tokens=10, emulated=True),
 }
 WITH_GRAPHS = {
-    "own drafts": Scenario(TREES, planted=False),
-    "own drafts, no head": Scenario(TREES | {"model": "none"}, planted=False),
+    "own drafts": Scenario(TREES, planted=False, tokens=16),
+    "own drafts, no head": Scenario(
+        TREES | {"model": "none"}, planted=False, tokens=16
+    ),
     "planted, static": Scenario({"tree": "static"}),
     "planted, chain": Scenario(CHAINS),
     "planted, all kinds": Scenario(
@@ -117,15 +113,15 @@ WITH_GRAPHS = {
         {}, others=(SEEDED, PENALTIES, GRAMMAR), widths=(25, 8, 0, 2, 25)
     ),
     "aborted": Scenario(TREES, requests=12, aborted=3, options={"max_num_seqs": 4}),
-    "planted, piecewise": Scenario(TREES, options=graphs_of("PIECEWISE")),
-    "planted, full": Scenario(TREES, options=graphs_of("FULL")),
+    "planted, piecewise": Scenario(TREES, options=fake_vllm.graphs_of("PIECEWISE")),
+    "planted, full": Scenario(TREES, options=fake_vllm.graphs_of("FULL")),
     # Three requests in the graph of four.
     "CUDA kernels": Scenario(
         TREES,
         requests=3,
         tokens=10,
         emulated=True,
-        options=graphs_of("FULL_AND_PIECEWISE", 1, 2, 4, 51, 104),
+        options=fake_vllm.graphs_of("FULL_AND_PIECEWISE", 1, 2, 4, 51, 104),
     ),
 }
 OF_RUNNER_V2 |= {

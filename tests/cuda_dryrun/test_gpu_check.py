@@ -21,7 +21,7 @@ def test_it_asks_ops_and_engines(tmp_path: Path) -> None:
     ops = {check["op"] for check in report["checks"]}
     assert ops == {"tree_attention", "tree_accept", "commit_kv", "context_nodes"}
     assert all(check["ok"] for check in report["checks"])
-    assert [engine["dtype"] for engine in report["engines"]] == ["bfloat16", "float32"]
+    assert [engine["dtype"] for engine in report["engines"]] == ["bfloat16"]
     for engine in report["engines"]:
         assert engine["verdict"] == "exact"
         assert engine["accepted"] > 0

@@ -35,7 +35,15 @@ def _end_quickly() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Engines last: they change torch's threads, and quick failures come first."""
+    """Engines last: they change torch's threads, and quick failures come first.
+
+    Of these the longest files first, for which the other test process would wait.
+    """
     tests = Path(__file__).parents[1]
     folders = [tests / name for name in ("integration", "lossless", "e2e")]
-    items.sort(key=lambda item: any(f in item.path.parents for f in folders))
+
+    def place(item: pytest.Item) -> tuple[bool, bool]:
+        starts_engines = any(folder in item.path.parents for folder in folders)
+        return starts_engines, item.path.name != "test_processes.py"
+
+    items.sort(key=place)

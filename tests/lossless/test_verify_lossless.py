@@ -25,10 +25,11 @@ def verify(
             "target": repeating,
             "head": head,
             "dtype": "float32",
-            "max-tokens": 32,
+            "max-tokens": 16,
             "max-model-len": 512,
             "kv-cache-gib": 0.05,
             "temperature": 0.1,
+            "samples": 300,
             "output": tmp_path,
         }
         words = [f"--{name}={value}" for name, value in options.items()]
