@@ -220,6 +220,7 @@ FAMILIES = [
     Family("SmolLM 3", "SmolLM3", "smollm3"),
     Family("OLMo 1, 2", "Olmo Olmo2", "olmo2"),
     Family("OLMo 3", "Olmo3", "olmo3", ALTERNATING),
+    Family("FlexOlmo", "FlexOlmo", "flex_olmo", FEW_EXPERTS),
     Family("StarCoder 2", "Starcoder2", "starcoder2"),
     Family(
         "GPTBigCode (StarCoder)",
@@ -257,7 +258,6 @@ UNTESTED = {
     "MiMoV2 MiMoV2Flash MiniCPM Nanbeige Plamo3 SarvamMLA Step1 TeleChat2 TeleFLM",
     "vLLM's CPU routing lacks their sigmoid scores": "Laguna MiniMaxM2",
     "vLLM itself takes no tiny one on the CPU": "DeepseekV4 KimiLinear",
-    "not tried": "FlexOlmo",
     "vLLM's code needs torchvision": "Glm5Next MiniMaxM3Sparse MuseGlimmer Qwen3_5 "
     "Qwen3_5Moe",
 }
