@@ -35,6 +35,7 @@ def documented(start: str) -> list[list[str]]:
     for path in DOCUMENTS:
         text = re.sub(r"\\\n\s*", "", path.read_text())
         lines = [line.strip() for line in text.splitlines() if line[:4] == " " * 4]
+        lines = [line.removeprefix("$ ") for line in lines]
         commands = [line for line in lines if line.startswith(start)]
         found += [shlex.split(command, comments=True) for command in commands]
     return found
@@ -69,10 +70,16 @@ def help_of(script: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
-    [words for words in documented("python examples/") if "--" in " ".join(words)],
+    [
+        words
+        for folder in ("examples", "kernels")
+        for words in documented(f"python {folder}/")
+        if "--" in " ".join(words)
+        if words[1] != "examples/serve.py"  # has those of `vllm serve`
+    ],
     ids=" ".join,
 )
-def test_example_scripts_know_their_options(words: list[str]) -> None:
+def test_scripts_know_their_options(words: list[str]) -> None:
     for word in words[2:]:
         if word.startswith("--"):
             assert word in help_of(words[1])
