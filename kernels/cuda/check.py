@@ -310,6 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"no engine was tried: {reason}")
         add(engines=reason)
     else:
+        torch.cuda.empty_cache()  # engines ask for nine tenths of all memory
         with tempfile.TemporaryDirectory() as folder:
             engines = check_engines(Path(folder))
         report_checks(engines, "engines")

@@ -54,7 +54,7 @@ def save_models(folder: Path) -> tuple[Path, Path]:
 def check_engines(folder: Path) -> list[dict[str, object]]:
     """What ``vllm-clover2 verify-lossless`` finds, on Model Runner V2."""
     target, head = save_models(folder)
-    # Refuses to start where it cannot be had.
+    # vLLM stops where that cannot be had.
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     return [check_engine(folder / dtype, target, head, dtype) for dtype in DTYPES]
 
