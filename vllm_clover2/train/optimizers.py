@@ -2,9 +2,12 @@
 """Optimisers of a run and their learning rate by step."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from vllm_clover2.train.clover2 import Gains
 from vllm_clover2.train.config import TrainConfig
@@ -20,6 +23,32 @@ def lr_factor(step: int, config: TrainConfig) -> float:
     progress = (step - start) / max(1, config.steps - start)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
     return config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine
+
+
+class _InFloat32(TorchFunctionMode):
+    """Within it `Tensor.bfloat16` makes a copy in the same dtype."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.Tensor.bfloat16:
+            func = torch.Tensor.clone
+        return func(*args, **(kwargs or {}))
+
+
+class Float32Muon(torch.optim.Muon):
+    """Muon that orthogonalises in float32, where PyTorch's always does in bfloat16.
+
+    A CPU without bfloat16 instructions spends most of a training step there otherwise.
+    """
+
+    def step(self, closure: Any = None) -> Any:
+        with _InFloat32():
+            return super().step(closure)
 
 
 def make_optimizers(
@@ -58,9 +87,10 @@ def make_optimizers(
     )
     if not muon:
         return [adamw]
+    muon_class = torch.optim.Muon if config.precision == "bf16" else Float32Muon
     return [
         adamw,
-        torch.optim.Muon(
+        muon_class(
             muon,
             lr=config.muon_lr,
             weight_decay=decay,
