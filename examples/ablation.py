@@ -5,7 +5,9 @@
 
 Every variant is trained with every seed on the same answers, in the same batches, and
 replayed on held-out greedy answers, which must not be those of the evaluation set.
-Finished runs are kept under ``--output`` and not repeated, so a stopped call goes on.
+Finished runs are kept under ``--output`` and not repeated, unfinished ones go on from a
+checkpoint of every 20 steps. With ``--start-from`` a head is trained further, at lower
+rates; keep one ``--output`` a head.
 """
 
 import argparse
@@ -36,6 +38,15 @@ BASE: dict[str, Any] = {
     "step_decay": 0.8,
     "max_tokens": 2048,
     "compile_loss": True,
+}
+# With --start-from: a trained head needs no large steps.
+GOING_ON: dict[str, Any] = {
+    "learning_rate": 3e-4,
+    "muon_lr": 1e-3,
+    "decay_fraction": 1.0,
+    "ema_decay": 0.9,
+    "learn_prompts": True,
+    "max_tokens": 1024,
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
@@ -81,16 +92,23 @@ def parse_args() -> argparse.Namespace:
     option("--trees", nargs="+", default=["chain:3", "paper", "dynamic:60"])
     option("--hidden-cache", type=Path, help="of the target's states, for all runs")
     option("--threads", type=int)
+    option("--start-from", type=Path, help="head to go on from, at lower rates")
+    option("--max-answers", type=int, help="train on the first answers only")
+    option("--precision", default="bf16", choices=["bf16", "fp32"])
     return parser.parse_args()
 
 
 def run(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
     """One variant with one seed: train and replay, or read what was found before."""
     name = "".join(c if c.isalnum() else "-" for c in variant)
-    folder = args.output / f"{name}-{args.steps}-{seed}"
+    further = "further-" if args.start_from else ""
+    folder = args.output / f"{further}{name}-{args.steps}-{seed}"
     result_path = folder / "result.json"
     if result_path.exists():
         return json.loads(result_path.read_text())
+    base = {"precision": args.precision} | BASE
+    if args.start_from:
+        base |= GOING_ON
     config = TrainConfig(
         target=args.target,
         answers=args.answers,
@@ -99,9 +117,11 @@ def run(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
         seed=seed,
         hidden_cache=args.hidden_cache,
         threads=args.threads,
+        start_from=args.start_from,
+        max_answers=args.max_answers,
         evaluate_every=args.steps,
-        save_every=args.steps,
-        **(BASE | VARIANTS[variant]),
+        save_every=20,
+        **(base | VARIANTS[variant]),
     )
     start = time.monotonic()
     head = train(config)
@@ -113,6 +133,7 @@ def run(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
             answers=args.held_out,
             trees=args.trees,
             threads=args.threads,
+            precision=args.precision,
         )
     )
     validation = json.loads((folder / "metrics.json").read_text())[-1]

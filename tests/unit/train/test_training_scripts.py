@@ -55,6 +55,13 @@ def test_ablation_trains_each_variant_with_each_seed_once(
     run(ablation, arguments, monkeypatch)
     assert len(calls) == 4
     assert cells(capsys.readouterr().out, "base") == first
+    head = tmp_path / "out" / "base-6-0" / "head"
+    monkeypatch.setattr(ablation, "GOING_ON", {"learning_rate": 1e-9})
+    arguments += ["--start-from", head, "--variants", "base", "--seeds", 0]
+    run(ablation, arguments, monkeypatch)
+    assert (calls[4].start_from, calls[4].learning_rate) == (head, 1e-9)
+    further = cells(capsys.readouterr().out, "base")
+    assert abs(float(further[1]) - float(first[1].split()[0])) < 0.5
 
 
 def test_draft_vocabularies_are_compared(
