@@ -32,7 +32,7 @@ test: $(TARGET)/config.json .venv/package.done ## linters and all CPU tests
 	.venv/bin/mypy
 	$(VENV_PYTHON) -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
-quick: .venv/package.done ## tests that start no engine, in under a minute
+quick: .venv/package.done ## tests that start no engine, in about a minute
 	$(VENV_PYTHON) -m pytest -m "not slow" $(SIDE_BY_SIDE) \
 	  tests/unit tests/ops tests/model $(ARGS)
 

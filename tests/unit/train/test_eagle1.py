@@ -139,6 +139,7 @@ def test_training_raises_acceptance(eagle_config: TrainConfig) -> None:
     assert model.config.training["settings"]["architecture"] == "eagle1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{}, {"muon_lr": 1e-3}, {"feature_noise": 0.1}],

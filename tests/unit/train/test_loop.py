@@ -55,6 +55,7 @@ def test_training_raises_acceptance(tiny_config: TrainConfig) -> None:
     assert len(validation[-1]["agreement"]) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{}, {"ema_decay": 0.8}, {"muon_lr": 1e-3}],
