@@ -61,14 +61,12 @@ class Scenario:
 
 
 SCENARIOS = {
-    "own drafts": Scenario(TREES, planted=False, tokens=16),
+    "own drafts": Scenario(TREES, planted=False),
     "own drafts, adaptive": Scenario({}, planted=False),
     "own drafts, penalties": Scenario(TREES, PENALTIES, planted=False, tokens=16),
     "own drafts, chain": Scenario({"tree": "chain"}, planted=False, tokens=16),
     "planted": Scenario(TREES),
-    "own drafts, no head": Scenario(
-        TREES | {"model": "none"}, planted=False, tokens=16
-    ),
+    "own drafts, no head": Scenario(TREES | {"model": "none"}, planted=False),
     "planted, no head": Scenario(TREES | {"model": "none"}),
     "planted, static": Scenario({"tree": "static"}),
     "planted, chain": Scenario(CHAINS),
@@ -79,7 +77,7 @@ SCENARIOS = {
     "CUDA kernels": Scenario(TREES, requests=3, tokens=10, emulated=True),
 }
 OF_RUNNER_V2 = {
-    "own drafts": Scenario(TREES, planted=False, tokens=16),
+    "own drafts": Scenario(TREES, planted=False),
     "own drafts, penalties": Scenario(TREES, PENALTIES, planted=False, tokens=16),
     "own drafts, chain": Scenario(CHAINS, planted=False, tokens=16),
     "planted, synchronous": Scenario(
@@ -88,10 +86,8 @@ OF_RUNNER_V2 = {
     "CUDA kernels": Scenario(TREES, requests=3, tokens=10, emulated=True),
 }
 WITH_GRAPHS = {
-    "own drafts": Scenario(TREES, planted=False, tokens=16),
-    "own drafts, no head": Scenario(
-        TREES | {"model": "none"}, planted=False, tokens=16
-    ),
+    "own drafts": Scenario(TREES, planted=False),
+    "own drafts, no head": Scenario(TREES | {"model": "none"}, planted=False),
     "planted, static": Scenario({"tree": "static"}),
     "planted, chain": Scenario(CHAINS),
     "planted, all kinds": Scenario(

@@ -34,9 +34,8 @@ class Function:
     @property
     def parameters(self) -> str:
         a = self.node.args
-        several = [[p] if p else [] for p in (a.vararg, a.kwarg)]
-        found = [*a.posonlyargs, *a.args, *several[0], *a.kwonlyargs, *several[1]]
-        return " ".join(p.arg for p in found)
+        found = [*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg]
+        return " ".join(p.arg for p in found if p is not None)
 
 
 @dataclass(frozen=True)
