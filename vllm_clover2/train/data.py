@@ -3,7 +3,8 @@
 
 An answers file holds one JSON object a line (optionally gzipped):
 `id`, `task`, `temperature`, `finish_reason`, `prompt_token_ids` (chat template
-applied, generation prompt included) and `output_token_ids`.  Training and
+applied, generation prompt included) and `output_token_ids`; a text that continues
+another one has that one's id as `origin`.  Training and
 evaluation work on these ids alone; no tokenizer is needed.
 """
 
@@ -40,6 +41,7 @@ class AnswerSet:
     starts: np.ndarray  # [answers + 1] int64
     prompt_lens: np.ndarray  # [answers] int64
     ids: list[str]
+    origins: list[str]  # ids of the texts they continue, or their own
     tasks: list[str]
     temperatures: np.ndarray  # [answers] float64 that they were sampled at, or NaN
     fingerprint: str  # sha256 of the token ids and lengths
@@ -60,9 +62,10 @@ class AnswerSet:
         """Indices of the training and of the validation answers.
 
         The split hashes the answer's id, so it stays the same when answers are
-        appended, reordered or dropped.
+        appended, reordered or dropped; a text goes where the one that it continues is.
         """
-        buckets = np.array([zlib.crc32(name.encode()) % 10_000 for name in self.ids])
+        hashes = [zlib.crc32(name.encode()) for name in self.origins]
+        buckets = np.array(hashes) % 10_000
         held_out = buckets < validation_fraction * 10_000
         return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
@@ -128,6 +131,7 @@ def read_answers(
     pieces: list[np.ndarray] = []
     prompt_lens: list[int] = []
     ids: list[str] = []
+    origins: list[str] = []
     tasks: list[str] = []
     temperatures: list[float] = []
     for number, line in enumerate(_lines(path), start=1):
@@ -146,6 +150,7 @@ def read_answers(
         pieces.append(np.asarray((prompt + output)[:max_length], dtype=np.int32))
         prompt_lens.append(len(prompt))
         ids.append(str(record.get("id", number)))
+        origins.append(str(record.get("origin", ids[-1])))
         tasks.append(str(record.get("task", "")))
         temperatures.append(float(record.get("temperature", "nan")))
     if not pieces:
@@ -163,6 +168,7 @@ def read_answers(
         starts,
         np.array(prompt_lens),
         ids,
+        origins,
         tasks,
         np.array(temperatures),
         digest,
