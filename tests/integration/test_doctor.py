@@ -16,7 +16,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm_clover2 import cli, ops
 from vllm_clover2.integration.compat import surface
 from vllm_clover2.records import chat_template_sha256
-from vllm_clover2.train.clover2 import target_record
+from vllm_clover2.train.from_target import target_record
 from vllm_clover2.train.hidden import Target
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Clover-2 in training: starting weights, forward pass, offline drafting."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -16,6 +16,12 @@ from vllm_clover2.model.layers import MakeProduct, plain_product
 from vllm_clover2.ops import top_k_log_probs
 from vllm_clover2.train.config import TrainConfig
 from vllm_clover2.train.data import Batch, next_in_text
+from vllm_clover2.train.from_target import (
+    layer_shape,
+    rope_theta,
+    start_layers,
+    target_record,
+)
 from vllm_clover2.train.hidden import Target, TargetStates
 from vllm_clover2.train.losses import LossRows
 from vllm_clover2.tree import TopK
@@ -28,9 +34,6 @@ __all__ = [
     "TrainableClover2",
     "measure_gains",
     "new_clover2",
-    "rope_theta",
-    "start_layers",
-    "target_record",
 ]
 
 # Width of the uniform noise on identities, as in the original; there it is
@@ -154,19 +157,6 @@ class Gains(NamedTuple):
     inputs: float  # adds the target's input embeddings to post-norm hidden states
 
 
-def target_record(target: Target) -> dict[str, object]:
-    """What identifies a target well enough to find the head made for it."""
-    config = target.config
-    return {
-        "name": str(getattr(config, "_name_or_path", "")).rstrip("/").split("/")[-1],
-        "model_type": config.model_type,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "vocab_size": config.vocab_size,
-        "chat_template_sha256": target.chat_template,
-    }
-
-
 def new_clover2(
     config: TrainConfig,
     target: Target,
@@ -174,19 +164,11 @@ def new_clover2(
     gains: Gains | None,  # None: start as the original does
 ) -> Clover2Model:
     """A head with the target's layer shape, started from the target's weights."""
-    shape = target.config
     model = Clover2Model(
         Clover2Config(
-            vocab_size=shape.vocab_size,
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size,
+            **layer_shape(target),
             num_hidden_layers=config.num_layers,
-            num_attention_heads=shape.num_attention_heads,
-            num_key_value_heads=shape.num_key_value_heads,
-            head_dim=getattr(shape, "head_dim", None),
-            rms_norm_eps=shape.rms_norm_eps,
             rope_theta=rope_theta(config, target),
-            max_position_embeddings=shape.max_position_embeddings,
             num_draft_steps=config.num_draft_steps,
             draft_vocab_size=None if draft_vocab_ids is None else len(draft_vocab_ids),
             target=target_record(target),
@@ -197,20 +179,6 @@ def new_clover2(
     _start_recurrence(model, gains)
     _start_from_target(model, target, config)
     return model
-
-
-def rope_theta(config: TrainConfig, target: Target) -> float:
-    """The base of the draft's rotary positions: the given one, or the target's."""
-    if config.rope_theta is not None:
-        return config.rope_theta
-    parameters = getattr(target.config, "rope_parameters", None) or {}
-    theta = parameters.get("rope_theta", getattr(target.config, "rope_theta", None))
-    if theta is None or parameters.get("rope_type", "default") != "default":
-        raise ValueError(
-            f"cannot take rope_theta from the target (found {parameters}); set "
-            "rope_theta explicitly"
-        )
-    return float(theta)
 
 
 def _reference_start(block: RegressiveAttentionBlock) -> None:
@@ -280,32 +248,6 @@ def measure_gains(
 def _start_from_target(
     model: Clover2Model, target: Target, config: TrainConfig
 ) -> None:
-    decoder = target.model.get_decoder()
     for norm in (model.norm, model.recurrent.norm):
-        norm.weight.copy_(decoder.norm.weight)
+        norm.weight.copy_(target.norm.weight)
     start_layers(model.layers, target, config.init_layers)
-
-
-def start_layers(
-    layers: nn.ModuleList, target: Target, which: Literal["last", "first", "random"]
-) -> None:
-    """Copy the target's last or first layers into the draft's."""
-    sources = target.model.get_decoder().layers
-    if which == "random":
-        return
-    if len(layers) > len(sources):
-        raise ValueError(
-            f"num_layers ({len(layers)}) exceeds the target's {len(sources)}; use "
-            "init_layers=random"
-        )
-    first = len(sources) - len(layers) if which == "last" else 0
-    for layer, source in zip(layers, sources[first:]):
-        theirs = source.state_dict()
-        wanted = {name: theirs[name] for name in layer.state_dict() if name in theirs}
-        try:
-            layer.load_state_dict(wanted)
-        except RuntimeError as error:
-            raise ValueError(
-                "the target's layers are not Llama-shaped, so the draft cannot start "
-                f"from them; use init_layers=random ({error})"
-            ) from error

@@ -7,15 +7,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vllm_clover2.model.eagle1 import Eagle1Config, Eagle1Model
 from vllm_clover2.model.llama import DraftCache, Packing, Positions
-from vllm_clover2.train.clover2 import (
-    DraftVocabulary,
-    Gains,
+from vllm_clover2.train.clover2 import DraftVocabulary, Gains
+from vllm_clover2.train.config import TrainConfig
+from vllm_clover2.train.data import Batch, next_in_text
+from vllm_clover2.train.from_target import (
+    layer_shape,
     rope_theta,
     start_layers,
     target_record,
 )
-from vllm_clover2.train.config import TrainConfig
-from vllm_clover2.train.data import Batch, next_in_text
 from vllm_clover2.train.hidden import Target, TargetStates
 from vllm_clover2.train.losses import LossRows
 from vllm_clover2.tree import TopK
@@ -37,19 +37,11 @@ def new_eagle1(
     the token is added at a visible size. The layer then starts from something like
     the states that its weights were trained on, not from a random mixture of them.
     """
-    shape = target.config
     theta = rope_theta(config, target)
     model = Eagle1Model(
         Eagle1Config(
-            vocab_size=shape.vocab_size,
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size,
-            num_attention_heads=shape.num_attention_heads,
-            num_key_value_heads=shape.num_key_value_heads,
-            head_dim=getattr(shape, "head_dim", None),
-            rms_norm_eps=shape.rms_norm_eps,
+            **layer_shape(target),
             rope_parameters={"rope_type": "default", "rope_theta": theta},
-            max_position_embeddings=shape.max_position_embeddings,
             draft_vocab_ids=None
             if draft_vocab_ids is None
             else draft_vocab_ids.tolist(),

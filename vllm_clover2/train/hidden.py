@@ -38,12 +38,18 @@ class Target:
         self.chat_template = chat_template  # see `chat_template_sha256`
         self.model = model.eval().requires_grad_(False)
         self.config = model.config
-        self.lm_head: torch.Tensor = model.get_output_embeddings().weight  # [V, H]
+        lm_head = model.get_output_embeddings()
+        if lm_head.bias is not None:
+            raise ValueError(
+                "a draft's logits are lm_head.weight times its states, so the target's "
+                f"lm_head must have no bias; {type(model).__name__}'s has one"
+            )
+        self.lm_head: torch.Tensor = lm_head.weight  # [V, H]
         self.embeddings: torch.Tensor = model.get_input_embeddings().weight  # [V, H]
         self._decoder = model.get_decoder()
-        self._norm: nn.Module = self._decoder.norm
+        self.norm = _final_norm(self._decoder)
         self._pre_norm: torch.Tensor | None = None
-        self._norm.register_forward_pre_hook(self._record)
+        self.norm.register_forward_pre_hook(self._record)
 
     @classmethod
     def load(cls, path: str, dtype: torch.dtype, device: torch.device) -> "Target":
@@ -84,9 +90,20 @@ class Target:
     def post_norm(self, pre_norm: torch.Tensor) -> torch.Tensor:
         """[..., H] -> [..., H]: what the lm_head sees."""
         with torch.no_grad():
-            states = self._norm(pre_norm)
+            states = self.norm(pre_norm)
         self._pre_norm = None
         return states
+
+
+def _final_norm(decoder: nn.Module) -> nn.Module:
+    """The norm after the last layer, whatever its name is."""
+    norms = [one for one in decoder.children() if "norm" in type(one).__name__.lower()]
+    if not norms:
+        raise ValueError(
+            "a draft reads the target's state before the norm that follows its layers; "
+            f"{type(decoder).__name__} has no norm there"
+        )
+    return norms[-1]
 
 
 class HiddenStateCache:
