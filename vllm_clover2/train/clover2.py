@@ -57,19 +57,20 @@ class TrainableClover2(nn.Module):
         embeddings: torch.Tensor,  # [N, H] of the next tokens
         packing: Packing,
         rows: LossRows,
-    ) -> torch.Tensor:  # [D, R, H] outputs of every step at `rows`
+    ) -> list[torch.Tensor]:  # outputs of the D steps at `rows` [R or num_later, H]
         """Teacher-forced: step i consumes the text's own token at t + i."""
         augmented = self.draft.augment(
             states.pre_norm[None], embeddings[None], packing=packing
         )
         g = augmented[0, rows.position]
         outputs = [self.draft.recurrent.first(g)]
+        g, position = g[: rows.num_later], rows.position[: rows.num_later]
         for step in range(1, rows.weight.shape[0]):
             # Rows whose t + i lies beyond their text have weight 0.
-            reached = (rows.position + step).clamp(max=len(embeddings) - 1)
+            reached = (position + step).clamp(max=len(embeddings) - 1)
             g, out = self.draft.recurrent.advance(g, embeddings[reached])
             outputs.append(out)
-        return torch.stack(outputs)
+        return outputs
 
 
 class DraftVocabulary:

@@ -59,6 +59,9 @@ class TrainConfig(BaseModel):
     value_weight: float = Field(10.0, ge=0, description="weight of smooth L1")
     prob_weight: float = Field(1.0, ge=0, description="weight of cross entropy")
     step_decay: float = Field(0.7, gt=0, description="loss factor per draft step")
+    later_share: float = Field(
+        1.0, gt=0, le=1, description="share of positions that later steps are taken at"
+    )
     label_mask: bool = Field(
         False, description="skip continuations the target would not choose"
     )

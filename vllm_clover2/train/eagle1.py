@@ -71,10 +71,10 @@ class TrainableEagle1(nn.Module):
         embeddings: torch.Tensor,  # [N, H] of the next tokens
         packing: Packing,
         rows: LossRows,
-    ) -> torch.Tensor:  # [1, R, H] outputs at `rows`
+    ) -> list[torch.Tensor]:  # outputs of the only step at `rows` [R, H]
         """Teacher-forced: every feature is the target's own."""
         outputs = self.draft.forward_packed(states.post_norm, embeddings, packing)
-        return outputs[None, rows.position]
+        return [outputs[rows.position]]
 
 
 class Eagle1Draft(DraftVocabulary):

@@ -150,6 +150,7 @@ class Trainer:
             batch.lengths,
             config.num_draft_steps,
             agreement,
+            later_share=1.0 if validating else config.later_share,
         )
         if config.on_policy_top_k is not None and not validating:
             after = next_in_text(next_ids, batch.lengths)[rows.label_position]

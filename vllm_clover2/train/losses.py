@@ -12,11 +12,12 @@ weighted by the loss mask M there:
 With a reduced draft vocabulary W holds only its rows, so both distributions are
 renormalised over it; with the whole lm_head this is the original's loss exactly.
 
-`OnPolicy` goes beyond the original: a step counts only where the draft's own choices
-led to it.
+Beyond the original, `OnPolicy` counts a step only where the draft's own choices led to
+it, and later steps can be computed at a sample of the rows.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -60,12 +61,16 @@ def _shift_steps(
 
 @dataclass(frozen=True)
 class LossRows:
-    """The positions of a packed batch where at least one step has a loss."""
+    """The positions of a packed batch where at least one step has a loss.
+
+    Steps after the first are computed at the first `num_later` of them only.
+    """
 
     position: torch.Tensor  # [R] int64, t
     weight: torch.Tensor  # [D, R] float32, w of step i
     label: torch.Tensor  # [D, R] int64, number of t + i in `label_position`, or 0
     label_position: torch.Tensor  # [S] int64, the positions with M = 1
+    num_later: int
 
     @classmethod
     def build(
@@ -74,6 +79,7 @@ class LossRows:
         lengths: tuple[int, ...],  # of the packed texts
         num_steps: int,
         agreement: torch.Tensor | None = None,  # [N] bool, c of `label_agreement`
+        later_share: float = 1.0,  # of the rows, drawn at random, in later steps
     ) -> "LossRows":
         mask, device = loss_mask.bool(), loss_mask.device
         text = torch.repeat_interleave(torch.tensor(lengths)).to(device)
@@ -83,12 +89,20 @@ class LossRows:
             along = _shift_steps(agreement.bool(), text, num_steps)
             weight = weight * along.cumprod(dim=0)
         position = shifted.any(dim=0).nonzero()[:, 0]
+        if later_share < 1:
+            position = position[torch.randperm(len(position)).to(device)]
         label_position = mask.nonzero()[:, 0]
         number = torch.zeros_like(text)
         number[label_position] = torch.arange(len(label_position), device=device)
         steps = torch.arange(num_steps, device=device)[:, None]
         reached = (position + steps).clamp(max=len(mask) - 1)
-        return cls(position, weight[:, position], number[reached], label_position)
+        return cls(
+            position,
+            weight[:, position],
+            number[reached],
+            label_position,
+            num_later=math.ceil(later_share * len(position)),
+        )
 
 
 @dataclass(frozen=True)
@@ -206,7 +220,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
 
 def draft_loss(
-    outputs: torch.Tensor,  # [D, R, H] the steps' outputs at `rows`
+    outputs: Iterable[torch.Tensor],  # D steps' [R or num_later, H] at `rows`
     targets: torch.Tensor,  # [N, H] Y: post-norm target states, one ahead
     rows: LossRows,
     lm_head: torch.Tensor,  # [V or draft_vocab_size, H]
@@ -224,7 +238,8 @@ def draft_loss(
     plosses, vlosses, agreements, totals = [], [], [], []
     reached = torch.ones_like(rows.weight[0])
     for step, out in enumerate(outputs):
-        weight, label = rows.weight[step] * reached, rows.label[step]
+        part = slice(len(out))
+        weight, label = rows.weight[step, part] * reached[part], rows.label[step, part]
         normaliser = weight.sum() + 1.0
         ce, agreed, held = _SoftCrossEntropy.apply(
             out, lm_head, labels, label, weight, count_agreed, on_policy, chunk_terms
@@ -236,7 +251,7 @@ def draft_loss(
         vlosses.append(torch.sum(weight * value) / normaliser)
         agreements.append(agreed)
         totals.append(weight.sum())
-        reached = reached * held
+        reached = reached[part] * held
     ploss, vloss = torch.stack(plosses), torch.stack(vlosses)
     decay = weights.decay ** torch.arange(len(plosses), device=ploss.device)
     loss = (decay * (weights.value * vloss + weights.prob * ploss)).sum()

@@ -58,8 +58,8 @@ def test_training_raises_acceptance(tiny_config: TrainConfig) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"ema_decay": 0.8}, {"muon_lr": 1e-3}],
-    ids=["plain", "ema", "muon"],
+    [{}, {"ema_decay": 0.8}, {"muon_lr": 1e-3}, {"later_share": 0.5}],
+    ids=["plain", "ema", "muon", "sample"],
 )
 def test_resuming_inside_an_epoch_gives_the_same_weights(
     tiny_config: TrainConfig, settings: dict[str, float]
@@ -286,11 +286,12 @@ def test_label_mask_leaves_rows_out(tiny_config: TrainConfig) -> None:
     assert (weights[1] > 0.5 * weights[0]).all()
 
 
-def test_on_policy_training_leaves_later_steps_out_but_not_in_validation(
-    tiny_config: TrainConfig,
+@pytest.mark.parametrize("setting", [{"on_policy_top_k": 2}, {"later_share": 0.5}])
+def test_later_steps_are_left_out_but_not_in_validation(
+    tiny_config: TrainConfig, setting: dict[str, float]
 ) -> None:
     plain = Trainer(tiny_config)
-    own = Trainer(changed(tiny_config, on_policy_top_k=2))
+    own = Trainer(changed(tiny_config, **setting))
     batch = next(plain._batches_from(0))[1]
     weights = [
         trainer._loss(batch, validating, False).weight

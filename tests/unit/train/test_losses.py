@@ -126,6 +126,26 @@ def test_chunked_loss_equals_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result.agreed <= result.weight).all()
 
 
+def test_later_steps_are_taken_at_a_random_share_of_the_rows() -> None:
+    torch.manual_seed(0)
+    mask = torch.ones(100, dtype=torch.bool)
+    whole = LossRows.build(mask, (100,), num_steps=2)
+    rows = LossRows.build(mask, (100,), num_steps=2, later_share=0.25)
+    assert (whole.num_later, rows.num_later) == (100, 25)
+    assert sorted(rows.position.tolist()) == whole.position.tolist()
+    assert len(set((rows.position[:25] // 25).tolist())) == 4
+    lm_head, targets = torch.randn(9, 6), torch.randn(100, 6)
+    first, later = torch.randn(2, 100, 6)
+    result = draft_loss([first, later[:25]], targets, rows, lm_head, LossWeights())
+    expected = float(rows.weight[1, :25].sum())
+    assert result.weight.tolist() == [100, expected]
+    of_step = rows.label[1, :25]
+    wanted = (targets[rows.label_position] @ lm_head.T).softmax(-1)[of_step]
+    each = -(wanted * (later[:25] @ lm_head.T).log_softmax(-1)).sum(-1)
+    weighted = (rows.weight[1, :25] * each).sum()
+    torch.testing.assert_close(result.ploss[1], weighted / (expected + 1))
+
+
 @pytest.mark.slow
 def test_compiled_loss_equals_the_plain_one() -> None:
     torch.manual_seed(0)
