@@ -72,6 +72,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no smooth L1": {"value_weight": 0.0},
     "the original's weights": {"value_weight": 10.0, "step_decay": 0.7},
     "the original's start": {"init_recurrence": "reference"},
+    "inner layers": {"aux_hidden_state_layers": [3, 16]},
     "a third of later rows": {"later_share": 0.34},
 }
 

@@ -136,7 +136,7 @@ def main(vllm_folder: Path, work: Path) -> None:
 
     shape = TinyModel(hidden_size=256)  # 64 is the least head size of our CUDA kernels
     target = save_target(work / "target", shape)
-    head = save_random_head(work / "head", shape)
+    head = save_random_head(work / "head", shape, aux_hidden_state_layers=[1, 2])
     bed = Bed(target, head)
     results = {name: bed.run(scenario) for name, scenario in SCENARIOS.items()}
     (work / "results.json").write_text(json.dumps(results))

@@ -44,6 +44,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "own-head-dim": {"head_dim": 64},
     "rope-theta": {"rope_theta": 500.0, "rms_norm_eps": 1e-2},
     "draft-vocabulary": {"draft_vocab_size": 100},
+    "inner-layers": {"aux_hidden_state_layers": [1, 3]},
 }
 
 
@@ -154,8 +155,10 @@ def test_states_and_trees_match_the_plain_model(
     for text, state in spy.states:
         tokens = torch.tensor([text])
         hidden.clear()
-        language_model(tokens[:, :-1])
-        expected = model.augment(hidden[0], lm_head[tokens[:, 1:]])[0, -1]
+        after = language_model(tokens[:, :-1], output_hidden_states=True).hidden_states
+        inner = [after[n] for n in changes.get("aux_hidden_state_layers", ())]
+        read = model.fused(hidden[0], inner)
+        expected = model.augment(read, lm_head[tokens[:, 1:]])[0, -1]
         torch.testing.assert_close(state, expected, atol=TOLERANCE, rtol=TOLERANCE)
 
     states = torch.stack([state for _, state in spy.states])

@@ -162,6 +162,12 @@ def test_head_of_another_target(
         engine_config(target, clover2(tmp_path))
 
 
+def test_head_of_a_deeper_target(target: Path, tmp_path: Path) -> None:
+    save_random_head(tmp_path, TinyModel(), aux_hidden_state_layers=[1, 4])
+    with pytest.raises(ValueError, match=r"after \[1, 4\] .* must lie in 1\.\.3"):
+        engine_config(target, clover2(tmp_path))
+
+
 def test_a_model_that_is_no_head(target: Path) -> None:
     with pytest.raises(ValueError, match="must be 'clover2', found 'llama'"):
         engine_config(target, clover2(target))

@@ -203,6 +203,10 @@ def test_failed_write_keeps_the_old_head(
         ({"rope_theta": float("inf")}, "must be a positive number"),
         ({"target": ["x"]}, "must be an object or null"),
         ({"draft_vocab_size": 21}, r"1\.\.vocab_size \(20\)"),
+        ({"aux_hidden_state_layers": []}, "null or ascending numbers"),
+        ({"aux_hidden_state_layers": [0, 1]}, "null or ascending numbers"),
+        ({"aux_hidden_state_layers": [2, 1]}, "null or ascending numbers"),
+        ({"aux_hidden_state_layers": 3}, "null or ascending numbers"),
     ],
 )
 def test_impossible_values_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -8,7 +8,7 @@ every rank. Embeddings and output head are rows of the target's ``lm_head``.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ from vllm_clover2.model.head_files import (
     expected_tensors,
 )
 from vllm_clover2.model.layers import (
+    LayerFusion,
     Product,
     RecurrentHead,
     RegressiveAttentionBlock,
@@ -82,7 +83,7 @@ class AugmentingBlock(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        config = draft_config(vllm_config)
+        config = vllm_config.speculative_config.head_config
         # Layer numbers go on after the target's: attention layers are known to vLLM
         # by these names, and the KV cache of each is found under its own.
         first_layer = vllm_config.model_config.get_num_layers(
@@ -110,7 +111,7 @@ class AugmentingBlock(nn.Module):
     def forward(
         self,
         positions: torch.Tensor,  # [rows] int64
-        hidden_states: torch.Tensor,  # [rows, hidden] target, before its final norm
+        hidden_states: torch.Tensor,  # [rows, hidden] as `Clover2DraftModel.read`'s
         embeddings: torch.Tensor,  # [rows, hidden] of the token after each row
     ) -> torch.Tensor:  # [rows, hidden], "g" of the recurrent head
         hidden_states = self.rab1(hidden_states, embeddings)
@@ -138,7 +139,12 @@ class Clover2DraftModel(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        self.config = draft_config(vllm_config)
+        self.config = vllm_config.speculative_config.head_config
+        self.fusion: LayerFusion | None = None
+        if layers := self.config.aux_hidden_state_layers:
+            self.fusion = LayerFusion(
+                self.config.hidden_size, len(layers), self.config.rms_norm_eps
+            )
         self.model = AugmentingBlock(
             vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model")
         )
@@ -188,6 +194,14 @@ class Clover2DraftModel(nn.Module):
             self._output = make_product(
                 weight.to(self.recurrent.norm.weight.dtype), None
             )
+
+    def read(
+        self,
+        states: Sequence[torch.Tensor],  # each [rows, hidden], the last layer's last
+    ) -> torch.Tensor:  # [rows, hidden], what `forward` takes
+        """The target's states, before its final norm, as one a row."""
+        *inner, last = states
+        return last if self.fusion is None else self.fusion(last, inner)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """``lm_head`` rows of target ids [n] -> [n, hidden], on every rank."""
@@ -257,6 +271,8 @@ class Clover2DraftModel(nn.Module):
                 f"{len(missing)} are missing: {', '.join(missing[:5])}. Export the "
                 f"head again, or convert it with 'vllm-clover2 convert'."
             )
+        if self.fusion is not None:
+            self.fusion.fuse(serving_product)
         if self._int8:
             self.recurrent.quantize()
             self.model.rab1.fuse(int8_product)
@@ -331,12 +347,6 @@ def _lm_head(target: nn.Module) -> Any:
     if lm_head is None and getattr(config, "tie_word_embeddings", False):
         return target.model.embed_tokens
     return lm_head
-
-
-def draft_config(vllm_config: VllmConfig) -> Clover2Config:
-    """The head's own config, out of the ``EAGLEConfig`` vLLM wraps it in."""
-    config: Any = vllm_config.speculative_config.draft_model_config.hf_config
-    return getattr(config, "model", None) or config
 
 
 def _llama_config(config: Clover2Config) -> LlamaConfig:

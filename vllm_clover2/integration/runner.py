@@ -294,7 +294,9 @@ class Clover2RunnerMixin:
         verified_after = self.drafting.clock.elapsed
         if self._batch.max_depth:
             self.stats.observe(stats.VERIFICATION_SECONDS, verified_after)
-        before_norm = aux_hidden_states[0] if aux_hidden_states else None
+        before_norm = None
+        if aux_hidden_states:
+            before_norm = self.drafter.model.read(aux_hidden_states)
         finished = self._finished_step(
             sampled_token_ids, before_norm, common_attn_metadata
         )

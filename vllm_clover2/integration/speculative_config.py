@@ -16,6 +16,7 @@ from vllm.logger import init_logger
 from vllm.triton_utils import HAS_TRITON
 
 from vllm_clover2.heads import NO_HEAD, find_head
+from vllm_clover2.model.config import Clover2Config
 from vllm_clover2.tree.options import TreeOptions
 from vllm_clover2.tree.widths import widths_at_start
 
@@ -89,6 +90,7 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
         # vLLM's runners read from here which hidden states the target shall return.
         # "Layer" n is the output of the last of n layers, before the final norm.
         self.draft_model_config.hf_config.eagle_aux_hidden_state_layer_ids = (
+            *(self.head_config.aux_hidden_state_layers or ()),
             self.target_model_config.get_total_num_hidden_layers(),
         )
         return self
@@ -115,6 +117,12 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
             raise ValueError(
                 f"speculative_config for clover2 is invalid: {details}"
             ) from error
+
+    @property
+    def head_config(self) -> Clover2Config:
+        """The head's own config, out of the ``EAGLEConfig`` vLLM wraps it in."""
+        config = self.draft_model_config.hf_config
+        return getattr(config, "model", None) or config
 
     @property
     def runs_on_v2(self) -> bool:
@@ -215,9 +223,7 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
 
     def _check_head_fits(self) -> None:
         """Check the head's sizes against the target's; its files were checked."""
-        draft = self.draft_model_config.hf_config
-        if getattr(draft, "model", None) is not None:  # inside vLLM's EAGLEConfig
-            draft = draft.model
+        draft = self.head_config
         target = self.target_model_config.hf_text_config
         for size in ("hidden_size", "vocab_size"):
             expected, found = getattr(target, size), getattr(draft, size)
@@ -227,3 +233,10 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
                     f"head {self.model} has {found}. Choose the head that was trained "
                     f"for {self.target_model_config.model}, or train one."
                 )
+        layers = self.target_model_config.get_total_num_hidden_layers()
+        if (read := draft.aux_hidden_state_layers) and max(read) >= layers:
+            raise ValueError(
+                f"The head {self.model} reads the states after {read} of the target's "
+                f"layers, which must lie in 1..{layers - 1}. Choose the head that was "
+                f"trained for {self.target_model_config.model}, or train one."
+            )

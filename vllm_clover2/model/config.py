@@ -48,6 +48,9 @@ class Clover2Config(PretrainedConfig):
     max_position_embeddings: int = 2048
     num_draft_steps: int = 5  # depth the head was trained for
     draft_vocab_size: int | None = None  # None = the whole vocabulary is scored
+    # States after so many of the target's layers are read too; ascending. None, as in
+    # the original: the last layer's alone.
+    aux_hidden_state_layers: list[int] | None = None
     tie_word_embeddings: bool = False
     training: dict[str, Any] | None = None  # provenance
     target: dict[str, Any] | None = None  # fingerprint of the target model
@@ -76,6 +79,17 @@ class Clover2Config(PretrainedConfig):
             value = getattr(self, name)
             if not (isinstance(value, int | float) and 0 < value < math.inf):
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
+        layers = self.aux_hidden_state_layers
+        if layers is not None and not (
+            isinstance(layers, list)
+            and layers
+            and all(_is_size(layer, 2**10) for layer in layers)
+            and layers == sorted(set(layers))
+        ):
+            raise ValueError(
+                "aux_hidden_state_layers must be null or ascending numbers of layers, "
+                f"from 1 up, got {layers!r}"
+            )
         for name in ("training", "target"):
             if not isinstance(getattr(self, name), dict | None):
                 raise ValueError(

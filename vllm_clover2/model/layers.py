@@ -5,7 +5,7 @@ Everything here is row-wise: no attention across positions, no cache.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -126,6 +126,37 @@ class _Readout(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         product = super().forward if self._product is None else self._product
         return self._norm[0](product(x))
+
+
+class LayerFusion(nn.Module):
+    """Adds states from inside the target to its last layer's.
+
+    EAGLE-3 (arXiv 2503.01840) reads several layers instead of the last alone, and
+    EAGLE-3.1 norms each. The norms have no weights: those of `weight` follow. At zero,
+    where training starts, nothing is added.
+    """
+
+    def __init__(self, hidden_size: int, num_layers: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        shape = hidden_size, num_layers * hidden_size
+        self.weight = nn.Parameter(torch.zeros(shape))
+        self._product: Product | None = None
+
+    def fuse(self, make_product: MakeProduct = plain_product) -> None:
+        """Serve with another product; call after loading, as the block's `fuse`."""
+        self._product = make_product(self.weight.detach(), None)
+
+    def forward(
+        self,
+        last: torch.Tensor,  # [..., H] the target's pre-norm state
+        others: Sequence[torch.Tensor],  # L x [..., H] after earlier layers
+    ) -> torch.Tensor:  # [..., H]
+        normed = [F.rms_norm(one, one.shape[-1:], eps=self.eps) for one in others]
+        inputs = torch.cat(normed, dim=-1)
+        if self._product is not None:
+            return last + self._product(inputs)
+        return last + F.linear(inputs, self.weight)
 
 
 class RecurrentHead(nn.Module):

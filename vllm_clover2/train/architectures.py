@@ -102,6 +102,8 @@ def load_draft(
 ) -> tuple[nn.Module, Architecture]:
     """The draft in `folder`, in evaluation mode, and its kind.
 
+    `target` gives the states that it reads from now on.
+
     Raises:
         ValueError: it is no draft, or not one for this target.
     """
@@ -120,4 +122,5 @@ def load_draft(
                 f"the head's {key} must equal the target's {theirs}, found {ours}; "
                 "use the head that was trained for this target"
             )
+    target.read_layers(getattr(model.config, "aux_hidden_state_layers", None))
     return model.to(target.lm_head.device).eval(), architecture

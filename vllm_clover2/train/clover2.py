@@ -59,9 +59,8 @@ class TrainableClover2(nn.Module):
         rows: LossRows,
     ) -> list[torch.Tensor]:  # outputs of the D steps at `rows` [R or num_later, H]
         """Teacher-forced: step i consumes the text's own token at t + i."""
-        augmented = self.draft.augment(
-            states.pre_norm[None], embeddings[None], packing=packing
-        )
+        hidden = self.draft.fused(states.pre_norm, states.aux)
+        augmented = self.draft.augment(hidden[None], embeddings[None], packing=packing)
         g = augmented[0, rows.position]
         outputs = [self.draft.recurrent.first(g)]
         g, position = g[: rows.num_later], rows.position[: rows.num_later]
@@ -136,8 +135,9 @@ class Clover2Replay:
         next_ids = next_in_text(batch.input_ids.to(device), batch.lengths)
         self._draft = HeadDraft(model, lm_head)
         self._starts = batch.starts.to(device)
+        aux = [one.to(dtype) for one in states.aux]
         self._augmented = model.augment(
-            states.pre_norm[None].to(dtype),
+            model.fused(states.pre_norm.to(dtype), aux)[None],
             lm_head[next_ids][None],
             packing=Packing(batch.lengths),
         )[0]
@@ -151,11 +151,12 @@ class Clover2Replay:
 
 
 class Gains(NamedTuple):
-    """Scales of what takes embeddings in: they are far smaller than states."""
+    """Scales of what takes in embeddings, say, which are far smaller than states."""
 
     rab1: float  # adds to pre-norm hidden states
     rab2: float  # adds to recurrent states, as large as post-norm hidden states
     inputs: float  # adds the target's input embeddings to post-norm hidden states
+    fusion: float  # adds normed states of inner layers to pre-norm hidden states
 
 
 def new_clover2(
@@ -171,6 +172,7 @@ def new_clover2(
             num_hidden_layers=config.num_layers,
             rope_theta=rope_theta(config, target),
             num_draft_steps=config.num_draft_steps,
+            aux_hidden_state_layers=config.aux_hidden_state_layers,
             draft_vocab_size=None if draft_vocab_ids is None else len(draft_vocab_ids),
             target=target_record(target),
         )
@@ -238,11 +240,16 @@ def measure_gains(
         # The median: SmolLM2's first token is two hundred times the others.
         return float(rows.float().square().mean(-1).sqrt().median())
 
-    hidden = target.pre_norm(input_ids, (len(input_ids),))
-    pre, post = size(hidden), size(target.post_norm(hidden))
+    states = target.states_of(target.hidden(input_ids, (len(input_ids),)))
+    pre, post = size(states.pre_norm), size(states.post_norm)
     output = _TOKEN_SHARE / size(target.lm_head[input_ids])
     inputs = _TOKEN_SHARE / size(target.embeddings[input_ids])
-    return Gains(rab1=pre * output, rab2=post * output, inputs=post * inputs)
+    return Gains(
+        rab1=pre * output,
+        rab2=post * output,
+        inputs=post * inputs,
+        fusion=_TOKEN_SHARE * pre,
+    )
 
 
 @torch.no_grad()

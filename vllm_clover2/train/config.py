@@ -30,6 +30,9 @@ class TrainConfig(BaseModel):
     draft_vocab_size: int | None = Field(
         None, description="score only the target's most frequent tokens; unset: all"
     )
+    aux_hidden_state_layers: list[int] | None = Field(
+        None, description="the head reads states after so many target layers too"
+    )
     rope_theta: float | None = Field(None, description="unset: the target's")
     init_layers: Literal["last", "first", "random"] = Field(
         "last", description="target layers that the augmenting layers start from"
@@ -123,6 +126,11 @@ class TrainConfig(BaseModel):
                 "EAGLE-1 has one layer and is trained for one step: num_layers and "
                 f"num_draft_steps must be 1, got {self.num_layers} and "
                 f"{self.num_draft_steps}"
+            )
+        if self.aux_hidden_state_layers and self.architecture != "clover2":
+            raise ValueError(
+                "aux_hidden_state_layers belong to architecture clover2, found "
+                f"{self.architecture}; leave them out"
             )
         if self.feature_noise and self.architecture != "eagle1":
             raise ValueError(

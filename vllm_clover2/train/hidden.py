@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hidden states of the target: computed on the fly, optionally kept on disk.
 
-Only the state before the final norm is kept (`num_tokens x hidden_size` in
-bfloat16); the state after it, and the target's logits, follow from it cheaply.
+Of the last layer only the state before the final norm is kept (`num_tokens x
+hidden_size` in bfloat16); the state after it, and the target's logits, follow from it
+cheaply. Beside it lie those of inner layers that a draft reads.
 """
 
 import json
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,10 +24,11 @@ __all__ = ["HiddenStateCache", "Target", "TargetStates"]
 
 
 class TargetStates(NamedTuple):
-    """The target's last hidden states of packed texts."""
+    """The target's hidden states of packed texts."""
 
-    pre_norm: torch.Tensor  # [N, H]
-    post_norm: torch.Tensor  # [N, H] after its final norm
+    pre_norm: torch.Tensor  # [N, H] after the last layer
+    post_norm: torch.Tensor  # [N, H] after the final norm
+    aux: tuple[torch.Tensor, ...] = ()  # each [N, H], after inner layers
 
 
 class Target:
@@ -50,6 +53,8 @@ class Target:
         self.norm = _final_norm(self._decoder)
         self._pre_norm: torch.Tensor | None = None
         self.norm.register_forward_pre_hook(self._record)
+        self.aux_layers: list[int] = []
+        self._aux: dict[int, torch.Tensor] = {}
 
     @classmethod
     def load(cls, path: str, dtype: torch.dtype, device: torch.device) -> "Target":
@@ -63,13 +68,41 @@ class Target:
     def _record(self, _module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         self._pre_norm = inputs[0]
 
+    def read_layers(self, numbers: list[int] | None) -> None:
+        """Give the states after so many layers too, as `TargetStates.aux`.
+
+        Raises:
+            ValueError: there are not so many layers.
+        """
+        if not numbers or numbers == self.aux_layers:
+            return
+        layers = self._decoder.layers
+        if not 1 <= min(numbers) <= max(numbers) < len(layers):
+            raise ValueError(
+                f"aux_hidden_state_layers must lie in 1..{len(layers) - 1}, the "
+                f"target's inner layers, found {numbers}"
+            )
+        self.aux_layers = numbers
+        for number in numbers:
+            layers[number - 1].register_forward_hook(partial(self._record_aux, number))
+
+    def _record_aux(
+        self, number: int, _module: nn.Module, _inputs: Any, output: Any
+    ) -> None:
+        self._aux[number] = output[0] if isinstance(output, tuple) else output
+
+    @property
+    def row_size(self) -> int:
+        """Columns of what `hidden` gives."""
+        return int(self.config.hidden_size) * (1 + len(self.aux_layers))
+
     @torch.inference_mode()
-    def pre_norm(
+    def hidden(
         self,
         input_ids: torch.Tensor,  # [N] int64, packed texts
         lengths: tuple[int, ...],  # of the texts, best similar: they are padded here
-    ) -> torch.Tensor:  # [N, H]
-        """Hidden states after the last layer, before the final norm.
+    ) -> torch.Tensor:  # [N, row_size]
+        """States after the last layer, before the final norm, beside inner layers'.
 
         Causality keeps the padding on the right away from the tokens, so no mask is
         passed (which keeps the fast causal attention kernels).
@@ -78,14 +111,24 @@ class Target:
         # The first pass over a norm is the decoder's own: nothing else calls it.
         self._decoder(input_ids=padded, use_cache=False)
         assert self._pre_norm is not None
-        states, self._pre_norm = self._pre_norm, None
+        every = [self._pre_norm, *(self._aux[number] for number in self.aux_layers)]
+        self._pre_norm = None
+        self._aux.clear()
+        states = torch.cat(every, dim=-1)
         return torch.cat([row[:n] for row, n in zip(states, lengths, strict=True)])
 
     def states(self, batch: Batch) -> TargetStates:
-        """Both states of a batch, computed now."""
+        """The states of a batch, computed now."""
         input_ids = batch.input_ids.to(self.lm_head.device)
-        pre_norm = self.pre_norm(input_ids, batch.lengths)
-        return TargetStates(pre_norm, self.post_norm(pre_norm))
+        return self.states_of(self.hidden(input_ids, batch.lengths))
+
+    def states_of(
+        self,
+        hidden: torch.Tensor,  # [N, row_size]
+    ) -> TargetStates:
+        """The parts of what `hidden` gave."""
+        pre_norm, *aux = hidden.split(self.config.hidden_size, dim=-1)
+        return TargetStates(pre_norm, self.post_norm(pre_norm), tuple(aux))
 
     def post_norm(self, pre_norm: torch.Tensor) -> torch.Tensor:
         """[..., H] -> [..., H]: what the lm_head sees."""
@@ -116,21 +159,23 @@ class HiddenStateCache:
     def __init__(self, folder: Path, answers: AnswerSet, target: Target) -> None:
         self.answers = answers
         self.target = target
-        hidden_size = target.config.hidden_size
+        row_size = target.row_size
         identity = {
             "answers": answers.fingerprint,
             "target": target.fingerprint,
             "dtype": str(target.lm_head.dtype),  # that the states are computed in
-            "hidden_size": hidden_size,
+            "hidden_size": target.config.hidden_size,
         }
+        if target.aux_layers:
+            identity["aux_hidden_state_layers"] = target.aux_layers
         self._claim(folder, identity)
         total = int(answers.starts[-1])
         self._states = torch.from_file(
             str(folder / "states.bf16"),
             shared=True,
-            size=total * hidden_size,
+            size=total * row_size,
             dtype=torch.bfloat16,
-        ).view(total, hidden_size)
+        ).view(total, row_size)
         self._done = torch.from_file(
             str(folder / "done.u8"), shared=True, size=len(answers), dtype=torch.uint8
         )
@@ -149,7 +194,7 @@ class HiddenStateCache:
             "choose another folder or delete it",
         )
 
-    def fetch(self, batch: Batch) -> torch.Tensor:  # [N, H] bfloat16
+    def fetch(self, batch: Batch) -> torch.Tensor:  # [N, row_size] bfloat16
         """Hidden states of a batch; computes what is missing."""
         missing = [index for index in batch.indices if not self._done[index]]
         if missing:
@@ -165,7 +210,7 @@ class HiddenStateCache:
         texts = [torch.from_numpy(self.answers.answer(index)) for index in indices]
         lengths = tuple(map(len, texts))
         input_ids = torch.cat(texts).long().to(self.target.lm_head.device)
-        states = self.target.pre_norm(input_ids, lengths).to("cpu")
+        states = self.target.hidden(input_ids, lengths).to("cpu")
         for index, rows in zip(indices, states.split(lengths), strict=True):
             self._states[self._rows(index)] = rows.to(torch.bfloat16)
             self._done[index] = 1

@@ -52,6 +52,7 @@ class Trainer:
         set_seed(config.seed)
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.target = Target.load(config.target, dtype, self.accelerator.device)
+        self.target.read_layers(config.aux_hidden_state_layers)
         self.answers = read_answers(
             config.answers, self.target.config.vocab_size, config.max_length
         )
@@ -129,9 +130,11 @@ class Trainer:
     def _states(self, batch: Batch) -> TargetStates:
         if self.cache is None:
             # Made in inference mode, where autograd may not save tensors.
-            return TargetStates(*(x.clone() for x in self.target.states(batch)))
-        hidden = self.cache.fetch(batch).to(self.target.lm_head)
-        return TargetStates(hidden, self.target.post_norm(hidden))
+            input_ids = batch.input_ids.to(self.target.lm_head.device)
+            hidden = self.target.hidden(input_ids, batch.lengths).clone()
+        else:
+            hidden = self.cache.fetch(batch).to(self.target.lm_head)
+        return self.target.states_of(hidden)
 
     # --- steps --------------------------------------------------------------
 

@@ -60,22 +60,25 @@ def make_optimizers(
     of magnitude, which Muon's equal-sized updates ignore.
     """
     muon: list[nn.Parameter] = []
-    groups: dict[str, list[nn.Parameter]] = {"": [], "rab1": [], "rab2": []}
+    scales = {"": 1.0}
+    if gains is not None:
+        # An Adam step changes every entry by about the learning rate, whatever its
+        # size; a matrix started `gain` times larger needs a rate as much larger.
+        scales |= {
+            "rab1.v_proj.weight": gains.rab1,
+            "rab2.v_proj.weight": gains.rab2,
+            "fusion.weight": gains.fusion,
+        }
+    groups: dict[str, list[nn.Parameter]] = {key: [] for key in scales}
     for name, parameter in model.named_parameters():
-        if gains is not None and name.endswith("rab1.v_proj.weight"):
-            groups["rab1"].append(parameter)
-        elif gains is not None and name.endswith("rab2.v_proj.weight"):
-            groups["rab2"].append(parameter)
+        scaled = next((key for key in scales if key and name.endswith(key)), None)
+        if scaled is not None:
+            groups[scaled].append(parameter)
         elif config.muon_lr is not None and parameter.ndim == 2 and "rab" not in name:
             muon.append(parameter)
         else:
             groups[""].append(parameter)
     lr, decay = config.learning_rate, config.weight_decay
-    scales = {"": 1.0}
-    if gains is not None:
-        # An Adam step changes every entry by about the learning rate, whatever its
-        # size; a matrix started `gain` times larger needs a rate as much larger.
-        scales |= {"rab1": gains.rab1, "rab2": gains.rab2}
     adamw = torch.optim.AdamW(
         [
             {"params": groups[key], "lr": lr * scale, "weight_decay": decay / scale}

@@ -84,9 +84,17 @@ def _draft_of(folder: Path, config: TrainConfig, target: Target) -> Any:
             f"start_from {folder} is no {config.architecture} head; set architecture "
             "accordingly"
         )
+    layers = config.aux_hidden_state_layers
+    if layers and draft.config.aux_hidden_state_layers is None:
+        draft.fuse_layers(layers)
+        draft.to(target.lm_head.device)
     for setting, found in (
         ("num_layers", draft.config.num_hidden_layers),
         ("draft_vocab_size", draft.config.draft_vocab_size),
+        (
+            "aux_hidden_state_layers",
+            getattr(draft.config, "aux_hidden_state_layers", None),
+        ),
     ):
         wanted = getattr(config, setting)
         if found != wanted:

@@ -75,7 +75,7 @@ class BruteForce(ScoringDraft):
 
     def _after(self, number: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
         text = self.texts[number]  # up to the root
-        hidden = self.target.pre_norm(text[:-1], (len(text) - 1,))
+        hidden = self.target.hidden(text[:-1], (len(text) - 1,))
         features, consumed = self.target.post_norm(hidden), text[1:]
         for token in [*path, None]:
             out = self.model.forward_packed(

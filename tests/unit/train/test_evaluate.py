@@ -59,7 +59,7 @@ def simulate_chain(
     root = int(answers.prompt_lens[index])
     while root < len(tokens) - 1:
         # Only what serving would know: the tokens up to the root.
-        hidden = target.pre_norm(tokens[:root], (root,))[None]
+        hidden = target.hidden(tokens[:root], (root,))[None]
         g = head.augment(hidden, weight[tokens[None, 1 : root + 1]])[0, -1:]
         out, drafted = head.recurrent.first(g), []
         for _ in range(depth):

@@ -154,13 +154,13 @@ def test_cache_computes_only_what_is_missing(tiny_config: TrainConfig) -> None:
     cache = trainer.cache
     assert cache is not None
     computed: list[int] = []
-    pre_norm = cache.target.pre_norm
+    pre_norm = cache.target.hidden
 
     def counting(ids: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
         computed.append(len(lengths))
         return pre_norm(ids, lengths)
 
-    cache.target.pre_norm = counting  # type: ignore[method-assign]
+    cache.target.hidden = counting  # type: ignore[method-assign]
     first = cache.fetch(pack(trainer.answers, np.array([0, 1])))
     more = pack(trainer.answers, np.array([2, 1, 3]))
     states = cache.fetch(more)

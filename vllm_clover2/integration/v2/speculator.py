@@ -182,14 +182,14 @@ class HeadSpeculator(DraftModelSpeculator):
         attn_metadata: dict[str, Any] | None,
         slot_mappings: dict[str, torch.Tensor] | None,
         last_hidden_states: torch.Tensor,
-        aux_hidden_states: Any,  # one [rows, hidden], before the target's final norm
+        aux_hidden_states: Any,  # each [rows, hidden], before the target's final norm
         num_sampled: torch.Tensor,  # [R] int32
         *_: Any,
         dummy_run: bool = False,
         num_speculative_tokens: int | None = None,  # nodes that can be verified
         **__: Any,
     ) -> torch.Tensor:  # [R, nodes] int64
-        (hidden,) = aux_hidden_states
+        hidden = self.model.read(aux_hidden_states)
         if dummy_run:
             return self._dummy_propose(hidden, input_batch.num_reqs)
         states = self._augment(input_batch, hidden, num_sampled)
