@@ -76,11 +76,11 @@ class Target:
         """
         if not numbers or numbers == self.aux_layers:
             return
-        layers = self._decoder.layers
+        layers = getattr(self._decoder, "layers", [])
         if not 1 <= min(numbers) <= max(numbers) < len(layers):
             raise ValueError(
-                f"aux_hidden_state_layers must lie in 1..{len(layers) - 1}, the "
-                f"target's inner layers, found {numbers}"
+                "aux_hidden_state_layers must be numbers of inner layers, of which the "
+                f"target's `layers` has {max(0, len(layers) - 1)}, found {numbers}"
             )
         self.aux_layers = numbers
         for number in numbers:
