@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -29,7 +29,8 @@ def _add_option(parser: argparse.ArgumentParser, name: str, field: FieldInfo) ->
     options |= {"help": text.strip(), "required": field.is_required()}
     if field.annotation is bool:
         options["action"] = argparse.BooleanOptionalAction
-    elif get_origin(field.annotation) is list:
+    # Lists that may be left out are unions with None.
+    elif list in map(get_origin, (field.annotation, *get_args(field.annotation))):
         options["nargs"] = "+"
     if field.annotation is not bool:
         options["metavar"] = name.rsplit("_", 1)[-1].upper()

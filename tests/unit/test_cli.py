@@ -32,7 +32,8 @@ def test_every_setting_is_an_option() -> None:
         "--hidden-cache": "cache",
     }
     words = [word for option in options.items() for word in option]
-    settings = parsed(["train", *words, "--compile-loss"])
+    lists = "--aux-hidden-state-layers 3 16 --temperatures 0 0.7".split()
+    settings = parsed(["train", *words, "--compile-loss", *lists])
     assert settings == TrainConfig(
         target="t",
         answers=Path("a.jsonl"),
@@ -44,6 +45,8 @@ def test_every_setting_is_an_option() -> None:
         compile_loss=True,
         init_layers="first",
         hidden_cache=Path("cache"),
+        aux_hidden_state_layers=[3, 16],
+        temperatures=[0.0, 0.7],
     )
 
 
