@@ -27,10 +27,11 @@ def _add_option(parser: argparse.ArgumentParser, name: str, field: FieldInfo) ->
     if not field.is_required():
         text += f" (default: {field.default})"
     options |= {"help": text.strip(), "required": field.is_required()}
+    # What may be left out is a union with None.
+    kinds = (field.annotation, *get_args(field.annotation))
     if field.annotation is bool:
         options["action"] = argparse.BooleanOptionalAction
-    # Lists that may be left out are unions with None.
-    elif list in map(get_origin, (field.annotation, *get_args(field.annotation))):
+    elif any(get_origin(one) is list for one in kinds):
         options["nargs"] = "+"
     if field.annotation is not bool:
         options["metavar"] = name.rsplit("_", 1)[-1].upper()

@@ -32,7 +32,7 @@ def test_every_setting_is_an_option() -> None:
         "--hidden-cache": "cache",
     }
     words = [word for option in options.items() for word in option]
-    lists = "--aux-hidden-state-layers 3 16 --temperatures 0 0.7".split()
+    lists = ["--aux-hidden-state-layers", "3", "16", "--temperatures", "0", "0.7"]
     settings = parsed(["train", *words, "--compile-loss", *lists])
     assert settings == TrainConfig(
         target="t",
