@@ -39,6 +39,7 @@ class Scenario:
     tree: dict[str, Any]
     params: dict[str, Any] = dataclasses.field(default_factory=dict)
     planted: bool = True  # else the random head's own trees, of which few are accepted
+    inner_layers: bool = False  # whether the head reads states of the target's
     emulated: bool = False  # tree attention by the CUDA kernel, which takes a second
     requests: int = 8
     tokens: int = 24
@@ -61,7 +62,7 @@ class Scenario:
 
 
 SCENARIOS = {
-    "own drafts": Scenario(TREES, planted=False),
+    "own drafts": Scenario(TREES, planted=False, inner_layers=True),
     "own drafts, adaptive": Scenario({}, planted=False),
     "own drafts, penalties": Scenario(TREES, PENALTIES, planted=False, tokens=16),
     "own drafts, chain": Scenario({"tree": "chain"}, planted=False, tokens=16),
@@ -77,7 +78,7 @@ SCENARIOS = {
     "CUDA kernels": Scenario(TREES, requests=3, tokens=10, emulated=True),
 }
 OF_RUNNER_V2 = {
-    "own drafts": Scenario(TREES, planted=False),
+    "own drafts": Scenario(TREES, planted=False, inner_layers=True),
     "own drafts, penalties": Scenario(TREES, PENALTIES, planted=False, tokens=16),
     "own drafts, chain": Scenario(CHAINS, planted=False, tokens=16),
     "planted, synchronous": Scenario(
@@ -86,7 +87,7 @@ OF_RUNNER_V2 = {
     "CUDA kernels": Scenario(TREES, requests=3, tokens=10, emulated=True),
 }
 WITH_GRAPHS = {
-    "own drafts": Scenario(TREES, planted=False),
+    "own drafts": Scenario(TREES, planted=False, inner_layers=True),
     "own drafts, no head": Scenario(TREES | {"model": "none"}, planted=False),
     "planted, static": Scenario({"tree": "static"}),
     "planted, chain": Scenario(CHAINS),
@@ -136,8 +137,11 @@ def main(vllm_folder: Path, work: Path) -> None:
 
     shape = TinyModel(hidden_size=256)  # 64 is the least head size of our CUDA kernels
     target = save_target(work / "target", shape)
-    head = save_random_head(work / "head", shape, aux_hidden_state_layers=[1, 2])
-    bed = Bed(target, head)
+    head = save_random_head(work / "head", shape)
+    reading = save_random_head(
+        work / "reading-head", shape, aux_hidden_state_layers=[1, 2]
+    )
+    bed = Bed(target, {False: head, True: reading})
     results = {name: bed.run(scenario) for name, scenario in SCENARIOS.items()}
     (work / "results.json").write_text(json.dumps(results))
 
@@ -145,10 +149,11 @@ def main(vllm_folder: Path, work: Path) -> None:
 class Bed:
     """The plain engines, and those with clover2 by their options."""
 
-    def __init__(self, target: Path, head: Path) -> None:
+    def __init__(self, target: Path, heads: dict[bool, Path]) -> None:
         from engines import EnginePool
 
-        self.target, self.head = target, head
+        self.target = target
+        self.heads = heads  # by whether they read inner layers
         self.pools = {"V1": EnginePool(), "V2": EnginePool()}
 
     def _engine(
@@ -188,7 +193,8 @@ class Bed:
         with ExitStack() as stack:
             # The engine's graphs hold what runs now.
             stack.enter_context(emulated_attention(scenario.emulated))
-            engine = self._engine(scenario, self.head, tree=scenario.tree, **options)
+            head = self.heads[scenario.inner_layers]
+            engine = self._engine(scenario, head, tree=scenario.tree, **options)
             counts = stack.enter_context(counted(engine))
             patch = stack.enter_context(patches())
             force_widths(scenario.widths, patch)

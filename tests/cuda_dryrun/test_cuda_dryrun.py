@@ -177,7 +177,7 @@ MOST = {
     "own drafts": (12, 19, 8),
     # Less where the head is not asked, more by levels that may pay.
     "own drafts, adaptive": (17, 19, 8),
-    "own drafts, penalties": (18.5, 20, 9.2),
+    "own drafts, penalties": (18.5, 20, 9.1),
     "own drafts, chain": (13, 19, 8),
     # Plain vLLM waits once as well, for the tokens.
     "V2, own drafts": (1, 0, 0),
