@@ -154,11 +154,11 @@ def test_cache_computes_only_what_is_missing(tiny_config: TrainConfig) -> None:
     cache = trainer.cache
     assert cache is not None
     computed: list[int] = []
-    pre_norm = cache.target.hidden
+    hidden = cache.target.hidden
 
     def counting(ids: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
         computed.append(len(lengths))
-        return pre_norm(ids, lengths)
+        return hidden(ids, lengths)
 
     cache.target.hidden = counting  # type: ignore[method-assign]
     first = cache.fetch(pack(trainer.answers, np.array([0, 1])))
@@ -167,7 +167,7 @@ def test_cache_computes_only_what_is_missing(tiny_config: TrainConfig) -> None:
     assert computed == [2, 2]
     middle = states[more.lengths[0] :][: more.lengths[1]]
     assert torch.equal(middle, first[-more.lengths[1] :])
-    whole = pre_norm(more.input_ids, more.lengths).to(torch.bfloat16)
+    whole = hidden(more.input_ids, more.lengths).to(torch.bfloat16)
     torch.testing.assert_close(states, whole)
 
 
