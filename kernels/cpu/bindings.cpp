@@ -20,5 +20,6 @@ STABLE_TORCH_LIBRARY_IMPL(clover2, CPU, library) {
   library.impl("learn_context", TORCH_BOX(&clover2::cpu::learn_context));
   library.impl("top_k_log_probs", TORCH_BOX(&clover2::cpu::top_k_log_probs));
   library.impl("int8_product", TORCH_BOX(&clover2::cpu::int8_product));
+  library.impl("packed_linear", TORCH_BOX(&clover2::cpu::packed_linear));
   library.impl("recurrent_step", TORCH_BOX(&clover2::cpu::recurrent_step));
 }

@@ -61,6 +61,9 @@ std::tuple<Tensor, Tensor> top_k_log_probs(const Tensor& logits, int64_t k);
 Tensor int8_product(const Tensor& input, const Tensor& packed,
                     const Tensor& scales, const std::optional<Tensor>& bias);
 
+Tensor packed_linear(const Tensor& input, const Tensor& packed,
+                     const std::optional<Tensor>& bias, int64_t outputs);
+
 std::tuple<Tensor, Tensor> recurrent_step(
     const Tensor& state, const Tensor& embedding, std::vector<Tensor> query,
     std::vector<Tensor> of_embedding, std::vector<Tensor> output,

@@ -14,6 +14,8 @@ from vllm.config import VllmConfig
 from vllm.config.speculative import SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
 
+from vllm_clover2.integration import speculative_config
+
 
 def engine_config(target: Path, speculative: Any, **options: Any) -> VllmConfig:
     args = EngineArgs(model=str(target), speculative_config=speculative, **options)
@@ -194,9 +196,20 @@ def test_name_of_the_directory_does_not_matter(target: Path, tmp_path: Path) -> 
     assert engine_config(target, clover2(head)).speculative_config.method == "clover2"
 
 
-def test_compile_cache_is_not_shared_with_eagle(target: Path, head: Path) -> None:
-    speculative = engine_config(target, clover2(head)).speculative_config
-    assert speculative.compute_hash() != SpeculativeConfig.compute_hash(speculative)
+def test_compile_cache_is_not_shared(
+    target: Path, head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With EAGLE, with n-grams, or with layers that have another product."""
+    hashes = set()
+    for options in (clover2(head), {"method": "clover2", "model": "none"}):
+        speculative = engine_config(target, options).speculative_config
+        hashes.add(SpeculativeConfig.compute_hash(speculative))
+        for packed in (True, False):
+            monkeypatch.setattr(
+                speculative_config, "serves_packed", lambda served=packed: served
+            )
+            hashes.add(speculative.compute_hash())
+    assert len(hashes) == 5  # "none" without our product is as n-grams
 
 
 def test_config_survives_pickling_into_a_process_without_plugins(

@@ -107,6 +107,12 @@ def product_arguments() -> dict:
     return {"input": x, "packed": packed, "scales": scales, "bias": bias}
 
 
+def linear_arguments() -> dict:
+    packed = ops.pack_linear(torch.randn(50, 72))
+    x = torch.randn(3, 72)
+    return {"input": x, "packed": packed, "bias": torch.randn(50), "outputs": 50}
+
+
 def step_arguments() -> dict:
     def weight(outputs: int) -> list[torch.Tensor]:
         return list(ops.pack_int8(torch.randn(outputs, 72), torch.randn(outputs)))
@@ -133,6 +139,7 @@ ARGUMENTS = {
     "learn_context": learn_arguments,
     "top_k_log_probs": top_k_arguments,
     "int8_product": product_arguments,
+    "packed_linear": linear_arguments,
     "recurrent_step": step_arguments,
 }
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bit-equality with vLLM's own CPU attention, on caches that vLLM's op wrote.
+"""Bit-equality with vLLM's own attention and linear layers on the CPU.
 
-A tree row must get exactly what plain decoding computes for the same token on the same
-path: then bf16 text does not depend on whether a token was speculated.
+Attention on caches that vLLM's op wrote: a tree row must get exactly what plain
+decoding computes for the same token on the same path: then bf16 text does not depend on
+whether a token was speculated.
 """
 
 from dataclasses import dataclass
@@ -183,3 +184,20 @@ def test_we_read_what_the_stock_op_wrote(isa, layout, dtype, dim) -> None:
     keys, values = read_tokens(cache.cache, layout, cache.slots())
     assert torch.equal(keys, cache.keys)
     assert torch.equal(values, cache.values)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("depth", [64, 1000, 1024, 1032, 2752])
+@pytest.mark.parametrize("outputs", [16, 333, 576])
+def test_linear_layers_equal_stock_ones(outputs, depth, bias) -> None:
+    """Where ours serve: `integration.linear_cpu`."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX2":
+        pytest.skip("with AVX-512 vLLM's own serve")
+    generator = torch.Generator().manual_seed(depth)
+    weight = torch.randn(outputs, depth, generator=generator)
+    added = torch.randn(outputs, generator=generator) if bias else None
+    stock, packed = vllm_ops.create_onednn_mm(weight.t(), 32), ops.pack_linear(weight)
+    for rows in (1, 2, 5, 6, 7, 13, 26, 64, 200):
+        x = torch.randn(rows, depth, generator=generator)
+        expected = vllm_ops.onednn_mm(stock, x, added)
+        assert torch.equal(ops.packed_linear(x, packed, added, outputs), expected)

@@ -17,10 +17,10 @@ from torch import nn
 from transformers import LlamaConfig
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CacheConfig, VllmConfig
+from vllm.model_executor.layers import utils as layer_utils
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
@@ -336,7 +336,7 @@ def serving_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
     layer: Any = nn.Module()
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    layer_utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
     return lambda x: layer.cpu_linear(x, layer.weight, layer.bias)
 
 

@@ -16,6 +16,7 @@ from vllm.logger import init_logger
 from vllm.triton_utils import HAS_TRITON
 
 from vllm_clover2.heads import NO_HEAD, find_head
+from vllm_clover2.integration.linear_cpu import serves_packed
 from vllm_clover2.model.config import Clover2Config
 from vllm_clover2.tree.options import TreeOptions
 from vllm_clover2.tree.widths import widths_at_start
@@ -182,11 +183,11 @@ class Clover2SpeculativeConfig(SpeculativeConfig):
         return self.has_head
 
     def compute_hash(self) -> str:
-        if not self.has_head:
-            return super().compute_hash()
-        # The target's graph returns one hidden state more than a plain EAGLE run's,
-        # so the two must not share a compilation cache entry.
-        return f"clover2-{super().compute_hash()}"
+        # Stock methods must not share a compilation cache entry with us: with a head
+        # the target's graph returns one hidden state more than a plain EAGLE run's,
+        # and layers may have our product.
+        ours = "clover2-" * self.has_head + "packed-" * serves_packed()
+        return ours + super().compute_hash()
 
     def __repr__(self) -> str:
         return (

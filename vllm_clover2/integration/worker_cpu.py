@@ -5,9 +5,12 @@ Import it only inside a CPU worker process: ``vllm.v1.worker.cpu_worker`` replac
 parts of ``torch.cuda`` when it is imported.
 """
 
+from typing import Any
+
 from vllm.v1.worker import cpu_worker
 
 from vllm_clover2.integration.attention import register_tree_backends
+from vllm_clover2.integration.compat import patches
 from vllm_clover2.integration.runner import Clover2RunnerMixin
 from vllm_clover2.integration.worker import Clover2WorkerMixin
 
@@ -28,3 +31,7 @@ class Clover2CPUWorker(Clover2WorkerMixin, cpu_worker.CPUWorker):
             super().init_device()
         finally:
             cpu_worker.CPUModelRunner = stock
+
+    def load_model(self, **options: Any) -> None:
+        with patches.packed_cpu_linears():
+            super().load_model(**options)

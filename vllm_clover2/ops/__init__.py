@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from vllm_clover2.ops import calibration, candidates, reference, schema
 from vllm_clover2.ops.int8 import Int8Weight, pack_int8
@@ -34,6 +35,8 @@ __all__ = [
     "learn_context",
     "library_path",
     "pack_int8",
+    "pack_linear",
+    "packed_linear",
     "recurrent_step",
     "reference_is_asked_for",
     "top_k_log_probs",
@@ -187,6 +190,16 @@ def _fake_int8_product(
     return input.new_empty((input.shape[0], scales.shape[0]))
 
 
+def _fake_packed_linear(
+    input: torch.Tensor,
+    packed: torch.Tensor,
+    bias: torch.Tensor | None,
+    outputs: int,
+) -> torch.Tensor:
+    del packed, bias
+    return input.new_empty((input.shape[0], outputs))
+
+
 def _fake_recurrent_step(
     state: torch.Tensor, *_: object
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -213,6 +226,7 @@ _LIBRARY = schema.register(
         "learn_context": _fake_nothing,
         "top_k_log_probs": _fake_top_k_log_probs,
         "int8_product": _fake_int8_product,
+        "packed_linear": _fake_packed_linear,
         "recurrent_step": _fake_recurrent_step,
     },
 )
@@ -331,6 +345,34 @@ def int8_product(
     On CUDA the reference serves.
     """
     result: torch.Tensor = torch.ops.clover2.int8_product.default(input, *weight)
+    return result
+
+
+_PANEL = 16
+
+
+def pack_linear(
+    weight: torch.Tensor,  # [N, K] float32
+) -> torch.Tensor:  # [ceil(N / 16), K, 16]
+    """The weight as `packed_linear` reads it: sixteen outputs beside each other."""
+    outputs, depth = weight.shape
+    panels = F.pad(weight, (0, 0, 0, -outputs % _PANEL)).view(-1, _PANEL, depth)
+    return panels.transpose(1, 2).contiguous()
+
+
+def packed_linear(
+    input: torch.Tensor,  # [M, K] float32
+    packed: torch.Tensor,  # [ceil(N / 16), K, 16], of pack_linear
+    bias: torch.Tensor | None,  # [N] float32
+    outputs: int,  # N
+) -> torch.Tensor:
+    """input W^T + bias [M, N] float32, quick for a few rows too.
+
+    On CUDA the reference serves.
+    """
+    result: torch.Tensor = torch.ops.clover2.packed_linear.default(
+        input, packed, bias, outputs
+    )
     return result
 
 

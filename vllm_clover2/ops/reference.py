@@ -2,6 +2,7 @@
 """What the ops mean, in plain torch: slow, for every layout, dtype and device."""
 
 import torch
+import torch.nn.functional as F
 
 from vllm_clover2.ops.int8 import LEAST_INPUT, unpack_int8
 from vllm_clover2.ops.layout import KVLayout, head_size, read_tokens, write_tokens
@@ -299,6 +300,17 @@ def int8_product(
     row_scales = torch.where(finite, largest / 127, torch.nan)
     out = sums * (row_scales * scales)
     return (out if bias is None else out + bias).to(input.dtype)
+
+
+def packed_linear(
+    input: torch.Tensor,  # [M, K] float32
+    packed: torch.Tensor,  # [ceil(N / 16), K, 16] float32, see pack_linear
+    bias: torch.Tensor | None,  # [N] float32
+    outputs: int,  # N
+) -> torch.Tensor:
+    """input W^T + bias [M, N] float32."""
+    weight = packed.transpose(1, 2).flatten(0, 1)[:outputs]
+    return F.linear(input, weight, bias)
 
 
 def recurrent_step(

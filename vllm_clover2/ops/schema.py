@@ -60,6 +60,9 @@ SCHEMAS: dict[str, str] = {
     "int8_product": (
         "(Tensor input, Tensor packed, Tensor scales, Tensor? bias) -> Tensor"
     ),
+    "packed_linear": (
+        "(Tensor input, Tensor packed, Tensor? bias, int outputs) -> Tensor"
+    ),
     "recurrent_step": (
         "(Tensor state, Tensor embedding, Tensor[] query, Tensor[] of_embedding, "
         "Tensor[] output, Tensor input_norm, Tensor output_norm, int num_heads, "
@@ -76,6 +79,7 @@ WITHOUT_KERNEL: dict[str, set[str]] = {
         "learn_context",
         "top_k_log_probs",
         "int8_product",
+        "packed_linear",
         "recurrent_step",
     }
 }

@@ -275,6 +275,36 @@ def all_logits_processors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def packed_cpu_linears() -> Iterator[None]:
+    """Give float32 layers that are loaded meanwhile our product, where it serves.
+
+    ``dispatch_cpu_unquantized_gemm`` chooses the product of every unquantised layer
+    after its weights are loaded. Goes away with a registry of CPU products.
+    """
+    from vllm.model_executor.layers import utils
+
+    from vllm_clover2.integration import linear_cpu
+
+    if not linear_cpu.serves_packed():
+        yield
+        return
+    stock = utils.dispatch_cpu_unquantized_gemm
+
+    @functools.wraps(stock)
+    def dispatch(layer: Any, remove_weight: bool) -> None:
+        if linear_cpu.can_be_packed(layer.weight):
+            linear_cpu.pack_layer(layer, remove_weight)
+        else:
+            stock(layer, remove_weight)
+
+    utils.dispatch_cpu_unquantized_gemm = dispatch
+    try:
+        yield
+    finally:
+        utils.dispatch_cpu_unquantized_gemm = stock
+
+
+@contextlib.contextmanager
 def named_for_async(speculative: Any) -> Iterator[None]:
     """Give the method a name with which vLLM 0.32 schedules asynchronously.
 
