@@ -13,7 +13,7 @@ from vllm_clover2.integration import linear_cpu
 from vllm_clover2.integration.compat import patches
 
 pytestmark = pytest.mark.skipif(
-    not linear_cpu.serves_packed(), reason="vLLM's own products serve on this machine"
+    not linear_cpu.serves_packed(), reason="with AVX-512 vLLM's own products serve"
 )
 
 

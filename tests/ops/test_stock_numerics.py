@@ -192,7 +192,7 @@ def test_we_read_what_the_stock_op_wrote(isa, layout, dtype, dim) -> None:
 def test_linear_layers_equal_stock_ones(outputs, depth, bias) -> None:
     """Where ours serve: `integration.linear_cpu`."""
     if torch.backends.cpu.get_cpu_capability() != "AVX2":
-        pytest.skip("with AVX-512 vLLM's own serve")
+        pytest.skip("with AVX-512 vLLM's own products serve")
     generator = torch.Generator().manual_seed(depth)
     weight = torch.randn(outputs, depth, generator=generator)
     added = torch.randn(outputs, generator=generator) if bias else None
